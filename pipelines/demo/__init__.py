@@ -1,0 +1,1 @@
+"""What `prunekit demo` reads: Python's own language reference, with questions about it."""

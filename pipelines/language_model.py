@@ -1,0 +1,256 @@
+"""What answers: a local transformers model, or any server that speaks OpenAI's protocol.
+
+Errors raised here, besides prune_core's:
+
+    PruneError
+    └── EndpointError    a server that cannot be reached, refuses, or answers something else
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from prune_core.errors import CheckpointError, InputError, PruneError
+
+Message = dict[str, str]
+
+
+class EndpointError(PruneError):
+    """A server that cannot be reached, refuses the request, or answers something else."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A model's answer and what it cost."""
+
+    text: str
+    prompt_tokens: int
+    new_tokens: int
+    seconds: float
+
+
+class LanguageModel(Protocol):
+    """Anything that continues a conversation."""
+
+    def complete(self, messages: Sequence[Message], max_new_tokens: int = 64) -> Completion:
+        """Answer `messages`, each with a `role` (system, user or assistant) and its `content`."""
+        ...
+
+
+class LocalModel:
+    """A causal language model of transformers, in float32 on the CPU, decoding greedily.
+
+    Args:
+        model: A transformers model that generates.
+        tokenizer: Its tokenizer. Its chat template words the prompt; without one the messages are
+            written plainly, as "User: …" and "Assistant:".
+    """
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+
+    @classmethod
+    def from_pretrained(cls, name_or_folder: str | os.PathLike[str]) -> LocalModel:
+        """Load a folder, or a name on the model hub: safetensors only, and never remote code.
+
+        Raises:
+            CheckpointError: There is no such model, or it holds no safetensors, or asks for code
+                of its own.
+        """
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name_or_folder, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_pretrained(
+                name_or_folder,
+                dtype=torch.float32,
+                use_safetensors=True,
+                trust_remote_code=False,
+            )
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"Cannot load a language model from '{name_or_folder}': pass a folder, or a name "
+                f"on the hub, with a config, a tokenizer and safetensors weights. {error}"
+            ) from error
+        return cls(model, tokenizer)
+
+    def complete(self, messages: Sequence[Message], max_new_tokens: int = 64) -> Completion:
+        """Answer `messages`; the likeliest token is taken every time.
+
+        Raises:
+            InputError: There are no messages, `max_new_tokens` is below 1, or the prompt and the
+                new tokens do not fit into the model's context.
+        """
+        import torch
+        from transformers import GenerationConfig
+
+        messages = _checked(messages, max_new_tokens)
+        started = time.perf_counter()
+        ids = self.tokenizer(self._prompt(messages), add_special_tokens=False)["input_ids"]
+        longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if longest is not None and len(ids) + max_new_tokens > longest:
+            raise InputError(
+                f"The prompt has {len(ids):,} tokens and {max_new_tokens:,} new ones are asked "
+                f"for, but this model reads at most {longest:,} together: prune the context "
+                "more, or retrieve fewer passages."
+            )
+        ends = self.model.generation_config.eos_token_id
+        if ends is None:
+            ends = self.tokenizer.eos_token_id
+        prompt = torch.tensor([ids])
+        with torch.inference_mode():
+            output = self.model.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                # Not the model's own, which may ask for sampling.
+                generation_config=GenerationConfig(  # type: ignore[no-untyped-call]
+                    max_new_tokens=max_new_tokens,
+                    do_sample=False,
+                    eos_token_id=ends,
+                    pad_token_id=ends[0] if isinstance(ends, list) else ends,
+                ),
+            )
+        new = output[0, len(ids) :]
+        return Completion(
+            text=self.tokenizer.decode(new, skip_special_tokens=True).strip(),
+            prompt_tokens=len(ids),
+            new_tokens=len(new),
+            seconds=time.perf_counter() - started,
+        )
+
+    def _prompt(self, messages: Sequence[Message]) -> str:
+        safe = [{**message, "content": self._as_text(message["content"])} for message in messages]
+        if self.tokenizer.chat_template:
+            prompt = self.tokenizer.apply_chat_template(
+                safe, add_generation_prompt=True, tokenize=False
+            )
+            return str(prompt)
+        turns = [f"{message['role'].capitalize()}: {message['content']}" for message in safe]
+        return "\n\n".join([*turns, "Assistant:"])
+
+    def _as_text(self, content: str) -> str:
+        """Break special tokens: a passage that holds `<|im_end|>` must not end the user's turn."""
+        for token in self.tokenizer.added_tokens_decoder.values():
+            if token.special:
+                broken = f"{token.content[0]}\u200b{token.content[1:]}"
+                content = content.replace(token.content, broken)
+        return content
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """A model behind any server that speaks OpenAI's protocol: vLLM, llama.cpp and others.
+
+    Args:
+        base_url: Up to and with the version, as in "http://127.0.0.1:8000/v1".
+        model: The name that the server knows the model by.
+        api_key: Sent as a bearer token. It is never read from the environment.
+        timeout: Seconds to wait for the server before giving up.
+    """
+
+    base_url: str
+    model: str
+    api_key: str | None = field(default=None, repr=False)
+    timeout: float = 60
+
+    def __post_init__(self) -> None:
+        if not self.base_url.startswith(("http://", "https://")):
+            raise InputError(
+                f"base_url must begin with http:// or https://, got '{self.base_url}': write it "
+                "like http://127.0.0.1:8000/v1."
+            )
+        if self.api_key and not (self.api_key.isascii() and self.api_key.isprintable()):
+            raise InputError(
+                "api_key must be printable ASCII without line breaks, which the one given is not: "
+                "copy it again."
+            )
+        if not self.timeout > 0:
+            raise InputError(f"timeout must be a number of seconds above 0, got {self.timeout}.")
+
+    def complete(self, messages: Sequence[Message], max_new_tokens: int = 64) -> Completion:
+        """Ask the server to answer `messages`, at temperature 0.
+
+        Raises:
+            InputError: There are no messages, or `max_new_tokens` is below 1.
+            EndpointError: The server cannot be reached, takes too long, refuses the request, or
+                answers something that is not a chat completion with its token counts.
+        """
+        import httpx
+
+        messages = _checked(messages, max_new_tokens)
+        url = f"{self.base_url.rstrip('/')}/chat/completions"
+        started = time.perf_counter()
+        try:
+            response = httpx.post(
+                url,
+                json={
+                    "model": self.model,
+                    "messages": messages,
+                    "max_tokens": max_new_tokens,
+                    "temperature": 0,
+                },
+                headers={"Authorization": f"Bearer {self.api_key}"} if self.api_key else {},
+                timeout=self.timeout,
+            )
+        except httpx.TimeoutException as error:
+            raise EndpointError(
+                f"The server at {self.base_url} did not answer within {self.timeout:g} seconds: "
+                "ask for fewer tokens, or give it longer (timeout)."
+            ) from error
+        except (httpx.RequestError, httpx.InvalidURL) as error:
+            raise EndpointError(
+                f"The server at {self.base_url} cannot be reached ({error}): check the address "
+                "and that it runs."
+            ) from error
+        seconds = time.perf_counter() - started
+        if not response.is_success:
+            raise EndpointError(
+                f"The server at {self.base_url} refused the request with status "
+                f"{response.status_code}: {_server_message(response)}"
+            )
+        try:
+            reply = response.json()
+            text = reply["choices"][0]["message"]["content"]
+            prompt_tokens = reply["usage"]["prompt_tokens"]
+            new_tokens = reply["usage"]["completion_tokens"]
+            if not isinstance(text, str):
+                raise TypeError(f"its content is {text!r}")
+            return Completion(text.strip(), int(prompt_tokens), int(new_tokens), seconds)
+        except (ValueError, LookupError, TypeError) as error:
+            raise EndpointError(
+                f"The server at {self.base_url} answered something that is not a chat completion "
+                f"with its token counts ({type(error).__name__}: {error}): "
+                f"{response.text[:200]!r}. Check that base_url is the root of an OpenAI-compatible "
+                "API."
+            ) from error
+
+
+def _checked(messages: Sequence[Message], max_new_tokens: int) -> list[Message]:
+    if not messages:
+        raise InputError("There are no messages to answer: pass at least one.")
+    if max_new_tokens < 1:
+        raise InputError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
+    # A lone surrogate, which broken documents hold, is no character: neither tokenizers nor
+    # servers take it.
+    return [
+        {key: value.encode("utf-8", "replace").decode() for key, value in message.items()}
+        for message in messages
+    ]
+
+
+def _server_message(response: Any) -> str:
+    """Find the sentence in an error reply, whose form differs from server to server."""
+    try:
+        found = response.json()
+        for key in ("error", "message", "detail"):
+            if isinstance(found, dict):
+                found = found.get(key, found)
+    except ValueError:
+        found = response.text
+    return str(found)[:500].strip() or "(no message)"
