@@ -1,0 +1,1 @@
+"""What a network sheds: weights that do little. Empty until its first method lands."""
