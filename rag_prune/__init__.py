@@ -1,0 +1,105 @@
+"""What one request sheds: the sentences of its context that do not help to answer."""
+
+from typing import TYPE_CHECKING, Any
+
+from prune_core.registry import Method, Registry
+
+if TYPE_CHECKING:
+    from rag_prune.context.pruner import ContextPruner
+    from rag_prune.context.result import PrunedContext
+
+__all__ = ["METHODS", "ContextPruner", "PrunedContext"]
+
+_WHERE = {
+    "ContextPruner": "rag_prune.context.pruner",
+    "PrunedContext": "rag_prune.context.result",
+}
+
+METHODS = Registry(
+    "rag_prune",
+    "context pruner",
+    [
+        Method(
+            "provence",
+            "rag_prune.context.cross:Cross",
+            family="context",
+            paper="Provence: efficient and robust context pruning for RAG",
+            year=2025,
+            arxiv="2501.16214",
+            needs="a trained checkpoint; one is bundled",
+            cost="one encoder pass a passage and question",
+        ),
+        Method(
+            "late",
+            "rag_prune.context.late:Late",
+            family="context",
+            paper="ours; late interaction over sentences, after ColBERT",
+            year=2020,
+            arxiv="2004.12832",
+            needs="a trained checkpoint; one is bundled",
+            cost="one encoder pass a passage, once; one short pass a question",
+        ),
+        Method(
+            "both",
+            "rag_prune.context.both:Both",
+            family="context",
+            paper="ours; mean of provence and late",
+            needs="a trained checkpoint; one is bundled",
+            cost="that of provence and of late",
+        ),
+        Method(
+            "embedding",
+            "rag_prune.context.baselines:Embedding",
+            family="baseline",
+            paper="baseline: cosine of sentence and question",
+            needs="a sentence-transformers model",
+            cost="one encoder pass a sentence, passage and question",
+        ),
+        Method(
+            "bm25",
+            "rag_prune.context.baselines:BM25",
+            family="baseline",
+            paper="baseline: Okapi BM25 over sentences",
+            year=1994,
+            needs="nothing",
+            cost="no model call",
+        ),
+        Method(
+            "lead",
+            "rag_prune.context.baselines:Lead",
+            family="baseline",
+            paper="baseline: first sentences",
+            needs="nothing",
+            cost="no model call",
+        ),
+        Method(
+            "random",
+            "rag_prune.context.baselines:Random",
+            family="baseline",
+            paper="baseline: random sentences",
+            needs="nothing",
+            cost="no model call",
+        ),
+        Method(
+            "keep_all",
+            "rag_prune.context.baselines:KeepAll",
+            family="baseline",
+            paper="baseline: no pruning",
+            needs="nothing",
+            cost="no model call",
+        ),
+    ],
+)
+
+
+def __getattr__(name: str) -> Any:
+    """Import the public classes when first asked for, so that this package imports no torch."""
+    if name not in _WHERE:
+        raise AttributeError(f"module 'rag_prune' has no attribute '{name}'")
+    from importlib import import_module
+
+    return getattr(import_module(_WHERE[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,35 @@
+"""`both`: the mean of the two engines' logits; they err differently, so together they err less.
+
+Cost: that of `cross`, and that of `late` for passages not yet indexed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rag_prune.context.checkpoints import Checkpoint
+from rag_prune.context.cross import Cross
+from rag_prune.context.engine import Engine, Floats
+from rag_prune.context.late import Late
+from rag_prune.context.result import Request
+
+
+class Both(Engine):
+    """Joint reading and vectors, averaged."""
+
+    name = "both"
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        super().__init__(checkpoint)
+        self.cross, self.late = Cross(checkpoint), Late(checkpoint)
+
+    def logits(self, requests: Sequence[Request]) -> list[list[tuple[Floats, float]]]:
+        return [
+            [
+                ((ck + lk) / 2, (cr + lr) / 2)
+                for (ck, cr), (lk, lr) in zip(joint, apart, strict=True)
+            ]
+            for joint, apart in zip(
+                self.cross.logits(requests), self.late.logits(requests), strict=True
+            )
+        ]

@@ -1,0 +1,83 @@
+"""What the engines share: logits become scores, rows run in batches of about one length."""
+
+from __future__ import annotations
+
+import warnings
+from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from typing import ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.special import expit
+from torch import Tensor
+
+from rag_prune.context.checkpoints import Checkpoint
+from rag_prune.context.model import pad
+from rag_prune.context.result import Request, Scores
+from rag_prune.context.windows import batches
+
+TOKENS_PER_BATCH = 4096  # padded; more of them only add padding on a CPU
+
+Floats = NDArray[np.float64]
+
+
+class Engine(ABC):
+    """A checkpoint, used in one of the ways it was trained for."""
+
+    name: ClassVar[str]
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+
+    @abstractmethod
+    def logits(self, requests: Sequence[Request]) -> list[list[tuple[Floats, float]]]:
+        """For each passage of each request its keep logits (n_sentences,) and its relevance logit.
+
+        −inf stands for what holds no token: white space, control characters, nothing.
+        """
+
+    def score(self, requests: Sequence[Request]) -> list[list[Scores]]:
+        """For each request its passages' scores, in order; no request sways another."""
+        calibration = self.checkpoint.settings.calibration[self.name]
+        return [
+            [Scores(float(expit(relevance)), calibration(keep)) for keep, relevance in passages]
+            for passages in self.logits(requests)
+        ]
+
+    def run(
+        self, forward: Callable[[Tensor, Tensor], Tensor], rows: Sequence[list[int]]
+    ) -> Iterator[tuple[int, Floats]]:
+        """Run rows of token ids through `forward`; yields (row number, its output (tokens, d)).
+
+        Equal rows are run once: rounding differs a little from batch to batch, and what is equal
+        must tie exactly for a result to be the same alone and in a batch.
+        """
+        equal: defaultdict[tuple[int, ...], list[int]] = defaultdict(list)
+        for i, row in enumerate(rows):
+            equal[tuple(row)].append(i)
+        distinct = list(equal.values())
+        device = next(self.checkpoint.model.parameters()).device
+        with torch.inference_mode():
+            for batch in batches([len(rows[same[0]]) for same in distinct], TOKENS_PER_BATCH):
+                ids, mask = pad(
+                    [rows[distinct[j][0]] for j in batch], self.checkpoint.tokenizer.pad_token_id
+                )
+                out = forward(ids.to(device), mask.to(device)).cpu().double().numpy()
+                for j, values in zip(batch, out, strict=True):
+                    for i in distinct[j]:
+                        yield i, values[: len(rows[i])]
+
+
+def fit_question(ids: list[int], room: int) -> list[int]:
+    """A question of more than `room` tokens keeps its head and its tail, and says so."""
+    if len(ids) <= room:
+        return ids
+    warnings.warn(
+        f"The question has {len(ids)} tokens; {room} of them are read, from its beginning and its "
+        "end. Ask a shorter question for better pruning.",
+        stacklevel=2,
+    )
+    return [*ids[: room // 2], *ids[len(ids) - (room - room // 2) :]]

@@ -1,0 +1,145 @@
+"""`late`: passages are encoded once, without a question; a question then costs one short pass.
+
+A passage becomes one vector a sentence (the mean of its token states) and one for the whole. A
+sentence's logit is a·cos(question, sentence) + b·cos(question, passage) + c, with a, b, c trained;
+the passage's relevance is the same sum over its best sentence with numbers of its own.
+
+Source: ours; late interaction as in ColBERT (2020, arXiv:2004.12832), with sentences for tokens.
+Cost: at index time one pass a window of each passage; for a question one pass and dot products.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save
+
+from prune_core.errors import InputError
+from prune_core.storage import StrPath, atomic_write
+from rag_prune.context.checkpoints import Checkpoint
+from rag_prune.context.engine import Engine, Floats, fit_question
+from rag_prune.context.model import KEEP, RELEVANCE, alone_ids
+from rag_prune.context.result import Passage, PassageLike, Request
+from rag_prune.context.sentences import SPLITTER
+from rag_prune.context.windows import encode_plain, tokenise, windows
+
+
+@dataclass(frozen=True, eq=False)
+class Vectors:
+    """Unit vectors: sentences (n, hidden), whole (hidden,); zero where there was no token."""
+
+    sentences: Floats
+    whole: Floats
+
+
+class Late(Engine):
+    """Scores requests from vectors of their passages, which it keeps.
+
+    Vectors are found again by a hash of text, title, weights and splitter, so they are never stale.
+    """
+
+    name = "late"
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        super().__init__(checkpoint)
+        self._vectors: dict[str, Vectors] = {}
+
+    def logits(self, requests: Sequence[Request]) -> list[list[tuple[Floats, float]]]:
+        passages = [p for request in requests for p in request.passages]
+        vectors = iter(self._read(passages))
+        weights = self.checkpoint.model.late.detach().double().cpu().numpy()
+        out = []
+        for question, request in zip(self._questions(requests), requests, strict=True):
+            scored = []
+            for _ in request.passages:
+                v = next(vectors)
+                read = v.sentences.any(axis=1)
+                near, whole = v.sentences @ question, float(v.whole @ question)
+                keep = weights[KEEP] @ [near, np.full(len(near), whole), np.ones(len(near))]
+                relevance = -np.inf
+                if read.any():
+                    relevance = float(weights[RELEVANCE] @ [near[read].max(), whole, 1.0])
+                scored.append((np.where(read, keep, -np.inf), relevance))
+            out.append(scored)
+        return out
+
+    def index(self, passages: Sequence[PassageLike]) -> None:
+        """Encode passages ahead of the questions, which then cost one short pass each."""
+        self._read([Passage.read(p, i) for i, p in enumerate(passages)])
+
+    def _read(self, passages: Sequence[Passage]) -> list[Vectors]:
+        """Vectors of passages; those not seen before are encoded."""
+        keys = [self._key(p) for p in passages]
+        fresh = {k: p for k, p in zip(keys, passages, strict=True) if k not in self._vectors}
+        self._vectors |= zip(fresh, self._encode(list(fresh.values())), strict=True)
+        return [self._vectors[key] for key in keys]
+
+    def save_index(self, file: StrPath) -> None:
+        """Write all vectors, in half precision, as one safetensors file, whole or not at all."""
+        tensors = {
+            key: np.vstack([v.sentences, v.whole]).astype(np.float16)
+            for key, v in self._vectors.items()
+        }
+        with atomic_write(file, "wb") as out:
+            out.write(save(tensors, {"model": self.checkpoint.fingerprint, "splitter": SPLITTER}))
+
+    def load_index(self, file: StrPath) -> None:
+        """Read vectors written by `save_index`; those of another model simply do not match.
+
+        Raises InputError for a file that is absent or is no such index.
+        """
+        try:
+            stored = load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise InputError(
+                f"Cannot read the vector index '{file}': {error}. Make one with save_index."
+            ) from error
+        for key, stacked in stored.items():
+            unit = _unit(stacked.astype(np.float64))
+            self._vectors[key] = Vectors(unit[:-1], unit[-1])
+
+    def _key(self, passage: Passage) -> str:
+        parts = (self.checkpoint.fingerprint, SPLITTER, passage.title or "", passage.text)
+        return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogatepass")).hexdigest()
+
+    def _questions(self, requests: Sequence[Request]) -> Floats:
+        """(n_requests, hidden) unit vectors."""
+        tokenizer, window = self.checkpoint.tokenizer, self.checkpoint.settings.window
+        ids = encode_plain(tokenizer, [r.question for r in requests])["input_ids"]
+        rows = [alone_ids(tokenizer, [], fit_question(q, window - 2)) for q in ids]
+        out = np.zeros((len(rows), self.checkpoint.model.classifier.config.hidden_size))
+        for row, states in self.run(self.checkpoint.model.states, rows):
+            out[row] = states[1:-1].sum(0)
+        return _unit(out)
+
+    def _encode(self, passages: Sequence[Passage]) -> list[Vectors]:
+        tokenizer, settings = self.checkpoint.tokenizer, self.checkpoint.settings
+        tokens = tokenise(tokenizer, [p.text for p in passages], [p.spans for p in passages])
+        titles = encode_plain(tokenizer, [p.title or "" for p in passages])["input_ids"]
+        rows, places = [], []
+        for i, t in enumerate(tokens):
+            title = titles[i][: settings.window // 8]
+            room = settings.window - len(title) - (3 if title else 2)
+            for window in windows(t, room) if len(t.ids) else ():
+                rows.append(alone_ids(tokenizer, title, t.ids[window.start : window.end].tolist()))
+                places.append((i, window))
+        hidden = self.checkpoint.model.classifier.config.hidden_size
+        sums = [np.zeros((len(p.spans), hidden)) for p in passages]
+        for row, states in self.run(self.checkpoint.model.states, rows):
+            i, window = places[row]
+            shift = len(states) - 1 - window.end
+            low, high = window.own
+            np.add.at(sums[i], tokens[i].sentence[low:high], states[low + shift : high + shift])
+        return [Vectors(_unit(s), _unit(s.sum(0))) for s in sums]
+
+
+def _unit(vectors: Floats) -> Floats:
+    """Vectors scaled to length 1; zero stays zero."""
+    norm = np.linalg.norm(vectors, axis=-1, keepdims=True)
+    unit = np.zeros_like(vectors)
+    np.divide(vectors, norm, out=unit, where=norm > 0)
+    return unit

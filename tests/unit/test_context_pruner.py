@@ -1,0 +1,602 @@
+"""The public face: what `prune` promises, and one sentence for each thing that can go wrong."""
+
+import importlib
+import json
+import math
+import pickle
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from prune_core.errors import CheckpointError, InputError, UnknownName
+from rag_prune import METHODS, ContextPruner, PrunedContext
+from rag_prune.context import windows
+from rag_prune.context.result import Passage, Request, Scores
+
+ROOT = Path(__file__).parents[2]
+QUESTION = "Who found radium?"
+PASSAGES = [
+    "The cat sat on the mat. It slept.",
+    {"title": "Curie", "text": "Marie was born in Warsaw. Curie found radium in 1898.", "id": 7},
+    "Paris is a city. Curie lived there. It is old.",
+]
+
+
+class Fixed:
+    """Scores that a test writes down: {passage: (relevance, [scores of its sentences])}."""
+
+    name = "fixed"
+
+    def __init__(self, table):
+        self.table = table
+
+    def score(self, requests):
+        return [
+            [Scores(self.table[p.text][0], np.array(self.table[p.text][1])) for p in r.passages]
+            for r in requests
+        ]
+
+
+class Words:
+    """A tokenizer of words."""
+
+    @staticmethod
+    def encode(text, add_special_tokens=True):
+        return text.split()
+
+
+A, B, C = "One. Two. Three.", "Four. Five.", "Six."
+TABLE = {A: (0.2, [0.9, 0.0, 0.3]), B: (0.8, [0.05, 0.6]), C: (0.5, [0.1])}
+
+
+@pytest.fixture
+def fixed():
+    return ContextPruner(Fixed(TABLE))
+
+
+@pytest.fixture(scope="module")
+def bm25():
+    return ContextPruner.from_pretrained(method="bm25")
+
+
+def texts(sentences):
+    return [sentence.text for sentence in sentences]
+
+
+# ----------------------------------------------------------------------------------- what comes out
+
+
+def test_each_sentence_has_its_score_and_reason(fixed):
+    result = fixed.prune(QUESTION, [A, B, C])
+    assert texts(result.passages[0].kept) == ["One. ", "Three."]
+    assert texts(result.passages[0].dropped) == ["Two. "]
+    assert result.passages[0].dropped[0].reason == "score 0 < threshold 0.1"
+    [five] = result.passages[1].kept
+    assert (five.start, five.end, five.score) == (6, 11, 0.6)
+    assert five.reason == "score 0.6 ≥ threshold 0.1"
+    assert [p.relevance for p in result.passages] == [0.2, 0.8, 0.5]
+    assert [p.rank for p in result.passages] == [2, 0, 1]
+
+
+def test_text_has_the_best_passage_first_unless_told_otherwise(fixed):
+    assert fixed.prune(QUESTION, [A, B, C]).text == "Five.\n\nSix.\n\nOne. Three."
+    assert fixed.prune(QUESTION, [A, B, C], reorder=False).text == "One. Three.\n\nFive.\n\nSix."
+    titled = fixed.prune(QUESTION, [A, {"title": "Numbers", "text": B}], threshold=0.5)
+    assert titled.text == "Numbers\nFive.\n\nOne."
+    assert titled.pruned == [{"title": "Numbers", "text": "Five."}, "One. "]
+    assert [p.index for p in titled.remaining] == [1, 0]
+
+
+def test_code_keeps_its_indentation_in_text():
+    code = "Like this:\n\n    def f():\n        return 1\n"
+    pruner = ContextPruner(Fixed({code: (1.0, [0.0, 1.0])}))
+    assert pruner.prune(QUESTION, [code]).text == "    def f():\n        return 1"
+
+
+def test_keep_ratio_is_the_share_of_all_characters(fixed):
+    result = fixed.prune(QUESTION, [A, B, C], keep_ratio=0.5)  # "Three." is the first too much
+    assert [p.text for p in result.passages] == ["One. ", "Five.", "Six."]
+    assert result.keep_ratio == pytest.approx(14 / 31)
+    assert result.passages[0].dropped[1].reason == "over the budget of 15 characters"
+
+
+def test_max_tokens_holds_for_the_whole_text_titles_included(fixed):
+    passages = [A, {"title": "A long title", "text": B}, C]
+    result = fixed.prune(QUESTION, passages, max_tokens=5, tokenizer=Words)
+    assert result.text == "A long title\nFive.\n\nOne."
+    assert result.tokens(Words) == 5
+    assert result.passages[0].dropped[1].reason == "over the budget of 5 tokens"
+    assert result.recut(max_tokens=4, tokenizer=Words).text == "One."
+    assert result.recut(max_tokens=9, tokenizer=Words).passages[0].dropped == []
+    assert result.recut(max_tokens=0, tokenizer=Words).text == ""
+
+
+def test_top_k_keeps_the_most_relevant_passages_and_survives_a_recut(fixed):
+    result = fixed.prune(QUESTION, [A, B, C], top_k=2, threshold=0)
+    assert [p.text for p in result.passages] == ["", B, C]
+    assert result.passages[0].dropped[0].reason == "relevance rank 3 is beyond top_k 2"
+    assert result.recut(keep_ratio=1).text == result.text
+
+
+def test_a_second_copy_is_dropped_and_takes_no_place_of_top_k(fixed):
+    result = fixed.prune(QUESTION, [A, B, B, C], threshold=0, top_k=2)
+    assert [p.text for p in result.passages] == ["", B, "", C]
+    assert {s.reason for s in result.passages[2].dropped} == {"duplicate of passage 1"}
+    same_text_other_title = [{"title": "x", "text": C}, {"title": "y", "text": C}]
+    assert fixed.prune(QUESTION, same_text_other_title).text == "x\nSix.\n\ny\nSix."
+
+
+def test_to_dict_is_plain_json(tiny_pruner):
+    result = tiny_pruner.prune(QUESTION, [*PASSAGES, "\ud800 \x00", ""], threshold=0.5)
+    assert json.loads(json.dumps(result.to_dict())) == result.to_dict()
+    assert result.to_dict()["text"] == result.text
+
+
+def test_to_html_writes_a_page(tiny_pruner, tmp_path):
+    tiny_pruner.prune(QUESTION, PASSAGES).to_html(tmp_path / "page.html")
+    assert "Curie" in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
+def test_nothing_given_is_edited(tiny_pruner):
+    passage = dict(PASSAGES[1])
+    result = tiny_pruner.prune(QUESTION, [passage], threshold=0.5)
+    assert result.passages[0].passage is passage
+    assert passage == PASSAGES[1]
+    assert result.passages[0].pruned == passage | {"text": result.passages[0].text}
+
+
+def test_stream_is_lazy_and_in_order(bm25):
+    taken = []
+
+    def requests():
+        for i in range(10):
+            taken.append(i)
+            yield f"radium {i}", [f"Radium {i} was found. Cats sleep."]
+
+    results = bm25.stream(requests(), batch_size=3, keep_ratio=0.7)
+    assert taken == []
+    first = next(results)
+    assert taken == [0, 1, 2]
+    assert [r.text for r in [first, *results]] == [f"Radium {i} was found." for i in range(10)]
+    with pytest.raises(InputError, match="batch_size must be at least 1 request, got 0"):
+        bm25.stream([], batch_size=0)
+
+
+def test_many_is_empty_for_none(tiny_pruner):
+    assert tiny_pruner.prune_many([]) == []
+
+
+# ---------------------------------------------------------------------------------- odd but allowed
+
+
+def test_no_passages_are_an_empty_result(tiny_pruner):
+    result = tiny_pruner.prune(QUESTION, [])
+    assert isinstance(result, PrunedContext)
+    assert (result.text, result.passages, result.pruned, result.keep_ratio) == ("", (), [], 1.0)
+    assert result.recut(max_tokens=5, tokenizer=Words).text == ""
+
+
+def test_empty_and_blank_passages(tiny_pruner):
+    result = tiny_pruner.prune(QUESTION, ["", " \n", "Radium."], threshold=0)
+    assert [p.text for p in result.passages] == ["", " \n", "Radium."]
+    assert [p.relevance for p in result.passages[:2]] == [0, 0]
+    assert result.text == "Radium."
+    assert tiny_pruner.prune(QUESTION, ["", " \n"]).text == ""
+
+
+def test_a_passage_without_a_sentence_end_is_one_sentence(tiny_pruner):
+    [passage] = tiny_pruner.prune(QUESTION, ["radium was found"], threshold=0).passages
+    assert texts(passage.kept) == ["radium was found"]
+
+
+@pytest.mark.parametrize("hostile", ["a\ud800b. End.", "\udfff", "a\x00b. \x00", "\x00", "\u200b"])
+def test_characters_that_tokenizers_refuse_or_drop(tiny_pruner, bm25, hostile):
+    for pruner in (tiny_pruner, bm25):
+        for question, passages in ((QUESTION, [hostile]), (hostile, ["Radium."])):
+            result = pruner.prune(question, passages, threshold=0)
+            assert [p.text for p in result.passages] == passages
+
+
+@pytest.mark.parametrize("special", ["[SEP]", "[CLS]", "[MASK]", "[PAD]"])
+@pytest.mark.parametrize("method", ["provence", "late"])
+def test_special_token_strings_are_plain_text(tiny_checkpoint, method, special, monkeypatch):
+    text = f"Curie found it. {special} Ignore the rest."
+    passage = Passage.read(text, 0)
+
+    def scores():
+        scorer = ContextPruner.from_pretrained(tiny_checkpoint, method=method).scorer
+        return scorer.score([Request(QUESTION, (passage,))])[0][0].sentences
+
+    plain = scores()
+    module = importlib.import_module(METHODS.row(method).module)
+    tokenizer = ContextPruner.from_pretrained(tiny_checkpoint).scorer.checkpoint.tokenizer
+    [tokens] = module.tokenise(tokenizer, [text], [passage.spans])
+    # [UNK] is no separator: it stands for whatever is not in the vocabulary.
+    assert not set(tokens.ids.tolist()) & set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+
+    # Read as a real token, the same string would have given other scores.
+    monkeypatch.setattr(module, "tokenise", _tokenise_with_specials)
+    assert abs(scores() - plain).max() > 1e-3
+
+
+def _tokenise_with_specials(tokenizer, texts, spans):
+    def encode(tokenizer, texts):
+        return tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=True)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(windows, "encode_plain", encode)
+        return windows.tokenise(tokenizer, texts, spans)
+
+
+def test_a_question_longer_than_the_window_warns_and_works(tiny_pruner):
+    with pytest.warns(UserWarning, match="The question has 900 tokens; .* Ask a shorter question"):
+        result = tiny_pruner.prune("why " * 300, PASSAGES, threshold=0)
+    assert result.keep_ratio == 1
+
+
+def test_a_long_title_leaves_room_for_the_passage(tiny_pruner):
+    titled = {"title": "radium " * 200, "text": "Curie found radium. " * 30}
+    [passage] = tiny_pruner.prune(QUESTION, [titled], threshold=0).passages
+    assert all(s.score > 0 for s in passage.kept)
+
+
+def test_a_sentence_longer_than_a_window_is_read_to_its_end(tiny_pruner):
+    long = "cat " * 300
+    same, other = (
+        tiny_pruner.prune(QUESTION, [long + last], threshold=0).passages[0].kept
+        for last in ("cat", "radium")
+    )
+    assert len(same) == len(other) == 1
+    assert same[0].score != other[0].score
+
+
+@pytest.mark.parametrize("title", [None, "Curie"])
+def test_each_token_of_a_long_passage_is_scored_once_in_its_place(tiny_checkpoint, title):
+    """With a network that answers with the token itself, a sentence's score says what was read."""
+    import torch
+
+    text = "the cat found radium. It glows! Curie slept in 1898; then 3.14 went by. " * 20
+    passage = Passage.read({"text": text, "title": title}, 0)
+    request = Request(QUESTION, (passage,))
+    meaning = torch.randn(1000, 32, generator=torch.Generator().manual_seed(0))
+
+    cross = ContextPruner.from_pretrained(tiny_checkpoint, method="provence").scorer
+    cross.checkpoint.model.joint = lambda ids, mask: ids.unsqueeze(-1).repeat(1, 1, 2).float()
+    late = ContextPruner.from_pretrained(tiny_checkpoint, method="late").scorer
+    late.checkpoint.model.states = lambda ids, mask: meaning[ids]
+
+    [tokens] = windows.tokenise(cross.checkpoint.tokenizer, [text], [passage.spans])
+    of_sentence = [tokens.ids[tokens.sentence == i] for i in range(len(passage.spans))]
+    [[(keep, _)]] = cross.logits([request])
+    np.testing.assert_allclose(keep, [ids.mean() for ids in of_sentence])
+    [vectors] = late._read([passage])
+    sums = np.stack([meaning[ids].double().sum(0).numpy() for ids in of_sentence])
+    expected = sums / np.linalg.norm(sums, axis=1, keepdims=True)
+    np.testing.assert_allclose(vectors.sentences, expected, atol=1e-6)
+
+
+def test_a_megabyte_takes_seconds(bm25, tiny_pruners):
+    passage = "The cat sat on the mat. Curie found 3.14 g of radium, e.g. in Paris. " * 14_700
+    assert len(passage) > 1_000_000
+    for pruner, seconds in ((bm25, 2), (tiny_pruners["provence"], 20)):
+        started = time.process_time()
+        result = pruner.prune(QUESTION, [passage], keep_ratio=0.3)
+        assert time.process_time() - started < seconds
+        assert 0.25 < result.keep_ratio <= 0.3
+
+
+# -------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize("question", ["", " \n", None, 7, b"who?"])
+def test_a_question_without_text(bm25, question):
+    with pytest.raises(InputError) as error:
+        bm25.prune(question, PASSAGES)
+    assert f"must be a string with some text in it, got {question!r}" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("passages", "sentence"),
+    [
+        (["fine", 7], "Passage 1 must be a string, or a mapping .*, got int"),
+        ([None], "Passage 0 must be a string, or a mapping .*, got NoneType"),
+        ([b"bytes"], "Passage 0 must be a string, or a mapping .*, got bytes"),
+        ([{"title": "x"}], r"Passage 0 must be .* got dict with \['title'\]"),
+        ([{"text": "x", "title": 7}], r"Passage 0 must be .* got dict with \['text', 'title'\]"),
+        ("a string", "The passages must be a list of strings or mappings, got str"),
+        ({"text": "x"}, "The passages must be a list of strings or mappings, got dict"),
+        (None, "The passages must be a list of strings or mappings, got NoneType"),
+    ],
+)
+def test_passages_that_are_no_text(bm25, passages, sentence):
+    with pytest.raises(InputError, match=sentence):
+        bm25.prune(QUESTION, passages)
+
+
+@pytest.mark.parametrize(
+    ("budget", "sentence"),
+    [
+        ({"threshold": 1.5}, r"threshold must be a number in \[0, 1\], got 1.5"),
+        ({"threshold": -0.1}, r"threshold must be a number in \[0, 1\], got -0.1"),
+        ({"threshold": math.nan}, r"threshold must be a number in \[0, 1\], got nan"),
+        ({"threshold": "0.5"}, r"threshold must be a number in \[0, 1\], got '0.5'"),
+        ({"keep_ratio": 70}, r"keep_ratio must be a number in \[0, 1\], got 70"),
+        ({"max_tokens": -1, "tokenizer": Words}, "max_tokens must be a whole number >= 0, got -1"),
+        ({"max_tokens": 0.5, "tokenizer": Words}, "max_tokens must be a whole number >= 0"),
+        ({"max_tokens": 512}, "max_tokens needs tokenizer=…"),
+        ({"threshold": 0.1, "keep_ratio": 0.5}, "got threshold and keep_ratio: choose one"),
+        ({"keep_ratio": 0.5, "max_tokens": 9}, "got keep_ratio and max_tokens: choose one"),
+    ],
+)
+def test_budgets_are_checked_before_the_model_is_called(budget, sentence):
+    pruner = ContextPruner(scorer=None)
+    for refuse in (
+        lambda: pruner.prune(QUESTION, PASSAGES, **budget),
+        lambda: pruner.prune_many([(QUESTION, PASSAGES)], **budget),
+        lambda: ContextPruner(Fixed(TABLE)).prune(QUESTION, [A]).recut(**budget),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            refuse()
+
+
+def test_recut_needs_a_budget(fixed):
+    with pytest.raises(InputError, match=r"Give exactly one of threshold, .* got none"):
+        fixed.prune(QUESTION, [A]).recut()
+
+
+@pytest.mark.parametrize("top_k", [0, -1, 1.5, True, "3"])
+def test_top_k_is_a_number_of_passages(bm25, top_k):
+    with pytest.raises(InputError, match="top_k must be a whole number of passages >= 1"):
+        bm25.prune(QUESTION, PASSAGES, top_k=top_k)
+
+
+# ------------------------------------------------------------------------------------- checkpoints
+
+
+@pytest.fixture
+def checkpoint(tiny_checkpoint, tmp_path):
+    """A copy of the tiny checkpoint, to be damaged."""
+    folder = tmp_path / "copy"
+    folder.mkdir()
+    for file in tiny_checkpoint.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+def edit_config(folder, change):
+    config = json.loads((folder / "config.json").read_text())
+    change(config)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def refused(folder, sentence, **options):
+    with pytest.raises(CheckpointError, match=sentence) as error:
+        ContextPruner.from_pretrained(folder, **options)
+    assert str(folder) in str(error.value)
+
+
+def test_save_and_load_give_the_same_scores(tiny_checkpoint, tiny_pruner):
+    again = ContextPruner.from_pretrained(str(tiny_checkpoint), method=tiny_pruner.scorer.name)
+    first, second = (p.prune(QUESTION, PASSAGES).to_dict() for p in (tiny_pruner, again))
+    assert first == second
+
+
+def test_the_checkpoint_names_its_method(checkpoint):
+    assert ContextPruner.from_pretrained(checkpoint).scorer.name == "provence"
+    edit_config(checkpoint, lambda c: c["prunekit"].update(method="late"))
+    assert ContextPruner.from_pretrained(checkpoint).scorer.name == "late"
+
+
+def test_int8_rows_cost_little(tiny_pruners, tmp_path):
+    from rag_prune.context.checkpoints import save
+
+    whole = tiny_pruners["provence"]
+    loaded = whole.scorer.checkpoint
+    save(tmp_path / "small", loaded.model, loaded.tokenizer, loaded.settings, int8=True)
+    small = ContextPruner.from_pretrained(tmp_path / "small")
+    request = Request(QUESTION, tuple(Passage.read(p, i) for i, p in enumerate(PASSAGES)))
+    for a, b in zip(*(p.scorer.logits([request])[0] for p in (whole, small)), strict=True):
+        np.testing.assert_allclose(a[0], b[0], atol=0.1)
+    size = sum(f.stat().st_size for f in (tmp_path / "small").glob("*.safetensors"))
+    state = loaded.model.classifier.state_dict().values()
+    assert size < 0.5 * sum(v.numel() * 4 for v in state)
+
+
+def test_missing_folder(tmp_path):
+    refused(tmp_path / "none", "There is no folder")
+
+
+def test_a_name_that_neither_folder_nor_hub_has():
+    refused("nobody/nothing", "neither a folder here nor a model that could be fetched")
+
+
+def test_a_folder_without_a_config(tmp_path):
+    refused(tmp_path, "is not a checkpoint: it has no config.json")
+
+
+def test_a_folder_with_only_a_pickle(checkpoint):
+    (checkpoint / "model.safetensors").unlink()
+    refused(checkpoint, r"must hold its weights as \*.safetensors; found none")
+    (checkpoint / "pytorch_model.bin").write_bytes(pickle.dumps({}))
+    refused(checkpoint, "found only pytorch_model.bin, which can run code when read")
+
+
+def test_a_config_that_asks_for_remote_code(checkpoint):
+    edit_config(checkpoint, lambda c: c.update(auto_map={"AutoModel": "modeling_x.X"}))
+    (checkpoint / "modeling_x.py").write_text("raise SystemExit('remote code was run')")
+    refused(checkpoint, r"asks for remote code \(auto_map\), which prunekit never runs")
+
+
+def test_a_tokenizer_that_asks_for_remote_code_is_not_run(checkpoint):
+    file = checkpoint / "tokenizer_config.json"
+    config = json.loads(file.read_text())
+    config["auto_map"] = {"AutoTokenizer": ["tokenization_x.X", "tokenization_x.X"]}
+    config["tokenizer_class"] = "X"
+    file.write_text(json.dumps(config))
+    (checkpoint / "tokenization_x.py").write_text("raise SystemExit('remote code was run')")
+    assert ContextPruner.from_pretrained(checkpoint).prune(QUESTION, PASSAGES).passages
+
+
+@pytest.mark.parametrize("content", ["{", "\udcff", "[]", '{"prunekit": 3}'])
+def test_a_config_that_is_no_json_object(checkpoint, content):
+    (checkpoint / "config.json").write_text(content, errors="surrogateescape")
+    refused(checkpoint, "is not valid JSON|must be JSON objects")
+
+
+def test_a_config_of_another_library(checkpoint):
+    edit_config(checkpoint, lambda c: c.pop("prunekit"))
+    refused(checkpoint, "has no 'prunekit' section, so .* is not a prunekit pruner")
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda s: s.pop("late"), "'late'"),
+        (lambda s: s.update(late="x"), "cannot be read"),
+        (lambda s: s.update(windows=3), "Did you mean 'window'"),
+        (lambda s: s.update(window=8), "window must be at least 16 tokens, got 8"),
+        (lambda s: s["calibration"].pop("late"), "calibration must have provence, late, both"),
+        (lambda s: s.update(method="bm25"), "method"),
+    ],
+)
+def test_a_damaged_prunekit_section(checkpoint, change, sentence):
+    edit_config(checkpoint, lambda c: change(c["prunekit"]))
+    refused(checkpoint, f"The 'prunekit' section of .* cannot be read .*{sentence}|{sentence}")
+
+
+def test_weights_that_do_not_fit(checkpoint):
+    edit_config(checkpoint, lambda c: c.update(intermediate_size=48))
+    refused(checkpoint, r"The weights in .* do not fit its config.json: (.|\n)*size mismatch")
+
+
+@pytest.mark.parametrize("late", [[1.0, 2.0, 3.0], [[1.0, 2.0]]])
+def test_late_weights_that_do_not_fit(checkpoint, late):
+    edit_config(checkpoint, lambda c: c["prunekit"].update(late=late))
+    refused(
+        checkpoint, r"The weights in .* do not fit its config.json: (.|\n)*size mismatch for late"
+    )
+
+
+def test_a_truncated_weights_file(checkpoint):
+    file = checkpoint / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    refused(checkpoint, "The weights in .* do not fit")
+
+
+def test_another_splitter_version(checkpoint):
+    edit_config(checkpoint, lambda c: c["prunekit"].update(splitter="nltk-3"))
+    refused(checkpoint, "trained with the sentence splitter 'nltk-3', .* Train it again")
+
+
+def test_an_unknown_method(tiny_checkpoint):
+    with pytest.raises(UnknownName, match=r"Unknown .* 'provance'\. Did you mean 'prov"):
+        ContextPruner.from_pretrained(tiny_checkpoint, method="provance")
+
+
+def test_a_model_for_a_baseline_that_has_none(tiny_checkpoint):
+    with pytest.raises(InputError, match=r"The baseline 'bm25' has no model, so '.*' must go"):
+        ContextPruner.from_pretrained(tiny_checkpoint, method="bm25")
+
+
+# ------------------------------------------------------------------------------- the `late` engine
+
+
+@pytest.fixture
+def late(tiny_checkpoint):
+    """A late pruner of its own, without vectors, whose encoder's rows are counted."""
+    pruner = ContextPruner.from_pretrained(tiny_checkpoint, method="late", device="cpu")
+    run, pruner.rows = pruner.scorer.run, []
+
+    def counted(forward, rows):
+        pruner.rows.extend(rows)
+        return run(forward, rows)
+
+    pruner.scorer.run = counted
+    return pruner
+
+
+def test_indexed_passages_are_not_read_again(late):
+    passages = [*PASSAGES, "Radium. " * 40]
+    late.scorer.index(passages)
+    assert len(late.rows) > len(passages)  # the last one needs several windows
+    late.rows.clear()
+    late.prune(QUESTION, passages)
+    late.prune_many([("cat?", passages), ("city?", passages[:2])])
+    assert len(late.rows) == 3  # the questions
+    late.prune(QUESTION, [PASSAGES[1]["text"]])  # without its title it is another passage
+    assert len(late.rows) == 5
+
+
+def test_a_saved_index_gives_the_same_scores_without_a_second_pass(late, tiny_pruners, tmp_path):
+    late.scorer.index([*PASSAGES, "", " "])
+    late.scorer.save_index(tmp_path / "sub" / "corpus.safetensors")
+    late.scorer._vectors.clear()
+    late.rows.clear()
+    late.scorer.load_index(tmp_path / "sub" / "corpus.safetensors")
+    stored = late.scorer.score([_request([*PASSAGES, "", " "])])[0]
+    assert len(late.rows) == 1
+    fresh = tiny_pruners["late"].scorer.score([_request([*PASSAGES, "", " "])])[0]
+    for a, b in zip(stored, fresh, strict=True):
+        # Half precision moves a cosine by less than 1e-3, and this model's scores by 30 times that.
+        np.testing.assert_allclose(a.sentences, b.sentences, atol=0.03)
+        assert a.relevance == pytest.approx(b.relevance, abs=0.005)
+
+
+def _request(passages):
+    return Request(QUESTION, tuple(Passage.read(p, i) for i, p in enumerate(passages)))
+
+
+def test_vectors_of_other_weights_are_not_used(late, make_checkpoint, tmp_path):
+    other = ContextPruner.from_pretrained(make_checkpoint(tmp_path / "x", seed=1), method="late")
+    other.scorer.index(PASSAGES)
+    other.scorer.save_index(tmp_path / "other.safetensors")
+    late.scorer.load_index(tmp_path / "other.safetensors")
+    late.prune(QUESTION, PASSAGES)
+    assert len(late.rows) == 1 + len(PASSAGES)
+
+
+def test_an_index_that_cannot_be_read(late, tmp_path):
+    file = tmp_path / "index.safetensors"
+    with pytest.raises(
+        InputError, match=r"Cannot read the vector index .*Make one with save_index"
+    ):
+        late.scorer.load_index(file)
+    file.write_bytes(b"no such thing")
+    with pytest.raises(InputError, match="Cannot read the vector index"):
+        late.scorer.load_index(file)
+
+
+# ---------------------------------------------------------------------------------------- imports
+
+HEAVY = ("torch", "transformers", "sklearn", "scipy", "vllm", "langchain_core", "jinja2")
+
+
+def test_importing_the_packages_is_light_and_fast():
+    names = ["prune_core", "rag_prune", "data_prune", "model_prune"]
+    packages = [name for name in names if (ROOT / name / "__init__.py").is_file()]
+    assert packages[:2] == names[:2]
+    code = (
+        f"import sys, time; started = time.process_time(); import {', '.join(packages)}; "
+        "print(time.process_time() - started); print(*sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    seconds, modules = done.stdout.splitlines()
+    assert not set(HEAVY) & set(modules.split())
+    assert float(seconds) < 0.3
+
+
+def test_the_public_names_are_there():
+    import rag_prune
+
+    for name in rag_prune.__all__:
+        assert getattr(rag_prune, name) is not None
+    assert dir(rag_prune) == sorted(rag_prune.__all__)
+    with pytest.raises(AttributeError, match=r"module 'rag_prune' has no attribute 'ContextPrune'"):
+        _ = rag_prune.ContextPrune
+    assert {"provence", "late", "bm25", "lead", "random", "keep_all"} <= set(METHODS.names)
