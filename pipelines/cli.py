@@ -1,0 +1,273 @@
+"""`prunekit`: a thin layer over the functions; every command is one of them with its arguments.
+
+Exit codes: 0; 2 for what the user got wrong, with one line on standard error; 130 after Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import IO, Annotated, Any
+
+import typer
+
+from prune_core.errors import InputError, PruneError
+
+app = typer.Typer(
+    help="Shed what a RAG stack does not need, and see exactly what was dropped.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+rag_app = typer.Typer(help="Retrieve, prune, answer.", no_args_is_help=True)
+app.add_typer(rag_app, name="rag")
+
+Model = Annotated[
+    str | None, typer.Option(help="Pruner: a folder or a hub name; the bundled one by default.")
+]
+MethodName = Annotated[str | None, typer.Option(help="A name from `prunekit methods`.")]
+Threshold = Annotated[
+    float | None,
+    typer.Option(help="Keep sentences at least this probable, 0 to 1; 0.1 by default."),
+]
+KeepRatio = Annotated[float | None, typer.Option(help="Keep this share of the characters, 0 to 1.")]
+TopK = Annotated[int | None, typer.Option(help="Keep at most this many passages.")]
+Page = Annotated[Path | None, typer.Option("--html", help="Also write a page to look at.")]
+
+
+@app.command()
+def context(
+    question: Annotated[
+        str | None,
+        typer.Option(help="Then each input line is a passage: a JSON string or {text, title}."),
+    ] = None,
+    source: Annotated[
+        Path | None,
+        typer.Argument(help="JSONL file; standard input by default.", show_default=False),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="JSONL file; standard output by default.")
+    ] = None,
+    model: Model = None,
+    method: MethodName = None,
+    threshold: Threshold = None,
+    keep_ratio: KeepRatio = None,
+    top_k: TopK = None,
+    html: Page = None,
+) -> None:
+    """Prune passages.
+
+    With --question the lines are passages, and the ones that keep something come out, best first,
+    shortened, with `relevance_score` and `kept_spans`. Without it each line is a request
+    {"question": …, "passages": […]}, and each answer is the whole result as one line.
+    """
+    from rag_prune import ContextPruner
+
+    options: dict[str, Any] = {"threshold": threshold, "keep_ratio": keep_ratio, "top_k": top_k}
+    pages = []
+    with _reader(source) as lines, _writer(out) as write:
+        if question is None:
+            pruner = ContextPruner.from_pretrained(model, method=method)
+            for result in pruner.stream(_requests(lines), **options):
+                write(result.to_dict())
+                if html:
+                    pages.append(result.to_dict())
+        else:
+            passages = _passages(lines)  # first, so that a bad line is reported without a wait
+            pruner = ContextPruner.from_pretrained(model, method=method)
+            result = pruner.prune(question, passages, **options)
+            for passage in result.remaining:
+                given = passage.pruned
+                row = {"text": given} if isinstance(given, str) else dict(given)
+                spans = [[sentence.start, sentence.end] for sentence in passage.kept]
+                write(row | {"relevance_score": passage.relevance, "kept_spans": spans})
+            pages.append(result.to_dict())
+        if html:
+            from rag_prune.context.highlight import write_page
+
+            write_page(pages, html)
+
+
+@rag_app.command("ask")
+def ask(
+    question: Annotated[str, typer.Argument(help="What to ask.")],
+    docs: Annotated[Path, typer.Option(help="Folder of .txt, .md and .jsonl documents.")],
+    k: Annotated[int, typer.Option("-k", help="Passages to retrieve.")] = 5,
+    llm: Annotated[
+        str | None,
+        typer.Option(help="Language model: a folder or hub name; a small one by default."),
+    ] = None,
+    endpoint: Annotated[
+        str | None,
+        typer.Option(help="Ask an OpenAI-compatible server, such as http://localhost:8000/v1"),
+    ] = None,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="OPENAI_API_KEY", help="For --endpoint.")
+    ] = None,
+    model: Model = None,
+    method: MethodName = None,
+    threshold: Threshold = None,
+    keep_ratio: KeepRatio = None,
+    html: Page = None,
+) -> None:
+    """Answer a question from a folder of documents, and show what the answer was read from."""
+    from pipelines.language_model import Endpoint, LanguageModel, LocalModel
+    from pipelines.rag import answer
+    from pipelines.retrieve import Retriever
+    from pipelines.small_model import small_model
+    from rag_prune import ContextPruner
+
+    if endpoint and not llm:
+        raise InputError("--endpoint needs --llm, the name of the model that the server serves.")
+    retriever = Retriever.from_folder(docs)
+    pruner = ContextPruner.from_pretrained(model, method=method)
+    reader: LanguageModel
+    if endpoint and llm:
+        reader = Endpoint(endpoint, llm, api_key)
+    else:
+        reader = LocalModel.from_pretrained(llm or small_model())
+    budget: dict[str, Any] = {"threshold": threshold, "keep_ratio": keep_ratio}
+    result = answer(question, retriever=retriever, pruner=pruner, model=reader, k=k, **budget)
+    if result.completion is None:
+        typer.echo("The documents do not answer this: no sentence of the passages found was kept.")
+    else:
+        typer.echo(result.text)
+        for passage in result.context.remaining:
+            where = passage.passage["id"] if isinstance(passage.passage, Mapping) else passage.index
+            for sentence in passage.kept:
+                typer.echo(f"  [{where}] {' '.join(sentence.text.split())}")
+        cost = result.completion
+        typer.echo(
+            f"{result.context.keep_ratio:.0%} of {len(result.context.passages)} passages kept; "
+            f"{cost.prompt_tokens} prompt tokens, {cost.seconds:.1f} s",
+            err=True,
+        )
+    if html:
+        result.context.to_html(html)
+
+
+@app.command()
+def methods(
+    as_json: Annotated[bool, typer.Option("--json", help="As a JSON list.")] = False,
+) -> None:
+    """List every method, its paper, what it needs and what it costs."""
+    from rag_prune import METHODS
+
+    rows = [method.to_dict() for method in METHODS]
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
+        return
+    width = max(len(row["name"]) for row in rows)
+    for row in rows:
+        arxiv = f" (arXiv {row['arxiv']})" if row["arxiv"] else ""
+        typer.echo(f"{row['name']:{width}}  {row['paper']}{arxiv}")
+        typer.echo(f"{'':{width}}  needs {row['needs']}; costs {row['cost']}")
+
+
+@app.command()
+def demo(
+    questions: Annotated[
+        int | None, typer.Option(help="How many questions; all by default.")
+    ] = None,
+    html: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
+    results: Annotated[Path | None, typer.Option(help="Also write the figures as JSON.")] = None,
+) -> None:
+    """Prune real passages for real questions, answer them, and write a page to look at."""
+    from pipelines.demo.run import run
+
+    run(html, questions=questions, results=results, say=typer.echo)
+
+
+def main() -> None:
+    """Run the command line."""
+    for stream in (sys.stdout, sys.stderr):  # a console that lacks a character shows its number
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    try:
+        raise SystemExit(app(prog_name="prunekit", standalone_mode=False))
+    except typer.TyperException as error:  # an unknown option, a number that is none, no command
+        said = error.format_message()
+    except PruneError as error:
+        said = str(error)
+    except OSError as error:
+        said = ": ".join(str(part) for part in (error.filename, error.strerror or error) if part)
+    if said:  # without a command the help was shown, and nothing is left to say
+        typer.echo(f"prunekit: {' '.join(said.split())}", err=True)
+    raise SystemExit(2)
+
+
+@contextmanager
+def _reader(source: Path | None) -> Iterator[IO[bytes]]:
+    with ExitStack() as stack:
+        try:
+            lines = stack.enter_context(source.open("rb")) if source else sys.stdin.buffer
+        except OSError as error:
+            raise InputError(
+                f"Cannot read '{source}' ({error.strerror}): name a JSONL file, or leave it out to "
+                "read standard input."
+            ) from None
+        yield lines
+
+
+@contextmanager
+def _writer(out: Path | None) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """A function that writes one JSON line; a file appears only when everything was written."""
+    from prune_core.storage import atomic_write
+
+    with ExitStack() as stack:
+        try:
+            file = stack.enter_context(atomic_write(out, "wb")) if out else sys.stdout.buffer
+        except OSError as error:
+            raise InputError(
+                f"Cannot write '{out}' ({error.strerror}): name a file in a folder that can be "
+                "written."
+            ) from None
+
+        def write(row: Mapping[str, Any]) -> None:
+            line = json.dumps(row, ensure_ascii=False) + "\n"
+            # JSON may spell a lone surrogate, which UTF-8 cannot hold: it stays spelled.
+            file.write(line.encode("utf-8", "backslashreplace"))
+
+        yield write
+        file.flush()
+
+
+def _json_lines(lines: IO[bytes]) -> Iterator[tuple[int, Any]]:
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except (ValueError, RecursionError) as error:  # also bytes that are not UTF-8
+                raise InputError(
+                    f"Line {number} is not JSON ({error}). Give one JSON string or object a line."
+                ) from None
+
+
+def _passages(lines: IO[bytes]) -> list[Any]:
+    passages = [value for _, value in _json_lines(lines)]
+    if not passages:
+        raise InputError("There are no passages: give one JSON string or object a line.")
+    return passages
+
+
+def _requests(lines: IO[bytes]) -> Iterator[tuple[str, list[Any]]]:
+    number = 0
+    for number, row in _json_lines(lines):
+        if (
+            not isinstance(row, dict)
+            or not isinstance(row.get("question"), str)
+            or not isinstance(row.get("passages"), list)
+        ):
+            raise InputError(
+                f"Line {number} must be an object with 'question', a string, and 'passages', a "
+                "list; to prune bare passages, name the question with --question."
+            )
+        yield row["question"], row["passages"]
+    if not number:
+        raise InputError("There are no requests: give one {question, passages} object a line.")
+
+
+if __name__ == "__main__":
+    main()

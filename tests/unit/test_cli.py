@@ -1,0 +1,454 @@
+"""The command line: what goes in and comes out, and one line for whatever is wrong."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+
+from pipelines import cli
+from rag_prune import METHODS, ContextPruner
+
+ROOT = Path(__file__).parents[2]
+CURIE = "Marie Curie found radium. She liked cycling."
+PARIS = {"title": "Paris", "text": "Paris is big. Nobody found it.", "source": 7, "tags": ["é"]}
+BM25 = ("--method", "bm25")
+QUESTION = ("--question", "Who found radium?")
+
+
+@dataclass(frozen=True)
+class Ran:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def rows(self) -> list[Any]:
+        return [json.loads(line) for line in self.out.splitlines()]
+
+
+Run = Callable[..., Ran]
+
+
+@pytest.fixture
+def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """`prunekit` in this process, as the installed command calls it."""
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+
+    def call(*arguments: str | Path, stdin: bytes = b"") -> Ran:
+        monkeypatch.setattr(sys, "argv", ["prunekit", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as exit:
+            cli.main()
+        sys.stdout.flush()
+        code = exit.value.code or 0
+        assert isinstance(code, int)
+        return Ran(code, *capfd.readouterr())
+
+    return call
+
+
+def jsonl(*rows: Any) -> bytes:
+    return "\n".join(json.dumps(row) for row in rows).encode()
+
+
+def failed(ran: Ran) -> str:
+    """The one line that a run says when the user got something wrong."""
+    assert ran.code == 2
+    assert ran.err.startswith("prunekit: ")
+    assert ran.err.endswith("\n")
+    assert ran.err.count("\n") == 1
+    assert "Traceback" not in ran.err
+    return ran.err
+
+
+def python(code: str, *arguments: str, **options: Any) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *arguments],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        **options,
+    )
+
+
+# --------------------------------------------------------------------------------------- help
+
+COUNTED = """
+import resource, sys
+from pipelines.cli import main
+try:
+    main()
+except SystemExit as exit:
+    assert not exit.code, exit.code
+used = resource.getrusage(resource.RUSAGE_SELF)
+heavy = {"torch", "transformers", "numpy", "bm25s", "langchain_core"} & set(sys.modules)
+print(used.ru_utime + used.ru_stime, *heavy, file=sys.stderr)
+"""
+
+
+def test_help_answers_at_once_and_loads_no_model_library() -> None:
+    process = python(COUNTED, "--help")
+    out, err = process.communicate()
+    assert b"context" in out
+    seconds, *heavy = err.decode().split()
+    assert heavy == []
+    assert float(seconds) < 1  # of the processor, as other work may keep a clock waiting
+
+
+@pytest.mark.parametrize("arguments", [(), ("rag",)])
+def test_a_command_alone_shows_its_help(run: Run, arguments: tuple[str, ...]) -> None:
+    ran = run(*arguments)
+    assert "Usage: prunekit" in ran.out
+    assert (ran.code, ran.err) == (2, "")
+
+
+# ------------------------------------------------------------------------------------ context
+
+
+def test_passages_come_out_shorter_best_first_with_their_other_keys(run: Run) -> None:
+    ran = run(
+        "context", *QUESTION, *BM25, "--threshold", "0.9", stdin=jsonl(PARIS, CURIE) + b"\n\n"
+    )
+    assert (ran.code, ran.err) == (0, "")
+    (row,) = ran.rows
+    assert row["text"] == "Marie Curie found radium. "
+    assert row["kept_spans"] == [[0, 26]]
+    assert 0 <= row["relevance_score"] <= 1
+
+    everything = run(
+        "context", *QUESTION, *BM25, "--keep-ratio", "1", stdin=jsonl(PARIS, CURIE)
+    ).rows
+    assert [row["text"] for row in everything] == [CURIE, PARIS["text"]]
+    assert everything[0]["relevance_score"] > everything[1]["relevance_score"]
+    assert {key: everything[1][key] for key in PARIS} == PARIS
+    assert everything[1]["kept_spans"] == [[0, 14], [14, 30]]
+
+    (best,) = run(
+        "context", *QUESTION, *BM25, "--top-k", "1", "--threshold", "0", stdin=jsonl(PARIS, CURIE)
+    ).rows
+    assert best["text"] == CURIE
+
+
+def test_text_is_utf8_and_a_lone_surrogate_stays_spelled(run: Run) -> None:
+    given = rb'"Radium \ud800 \u00e9\ud83d\ude42 was found."'
+    ran = run("context", *QUESTION, *BM25, stdin=given)
+    assert ran.rows[0]["text"] == json.loads(given)
+    assert r"Radium \ud800 é🙂 was" in ran.out
+
+
+def test_requests_come_from_a_file_and_results_go_to_one(run: Run, tmp_path: Path) -> None:
+    requests = [("Who found radium?", [CURIE, PARIS]), ("What is big?", [PARIS]), ("Why?", [])]
+    source, out = tmp_path / "requests.jsonl", tmp_path / "new" / "out.jsonl"
+    source.write_bytes(jsonl(*({"question": q, "passages": p} for q, p in requests)))
+    ran = run("context", source, "--out", out, *BM25)
+    assert ran == Ran(0, "", "")
+    results = ContextPruner.from_pretrained(method="bm25").prune_many(requests)
+    written = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    assert written == [result.to_dict() for result in results]
+    assert [path.name for path in out.parent.iterdir()] == ["out.jsonl"]
+
+
+@pytest.mark.parametrize("method", ["bm25", "lead", "random", "keep_all"])
+def test_every_method_without_a_model(run: Run, method: str) -> None:
+    ran = run("context", *QUESTION, "--method", method, stdin=jsonl(CURIE))
+    assert (ran.code, ran.err) == (0, "")
+
+
+def test_a_model_folder(run: Run, tiny_checkpoint: Path) -> None:
+    model = ("--model", tiny_checkpoint, "--method", "late")
+    ran = run("context", *QUESTION, *model, "--threshold", "0", stdin=jsonl(CURIE))
+    assert (ran.code, ran.err) == (0, "")
+    assert [row["text"] for row in ran.rows] == [CURIE]
+
+
+def test_pages(run: Run, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    assert run("context", *QUESTION, *BM25, "--html", page, stdin=jsonl(CURIE)).code == 0
+    assert "Who found radium?" in page.read_text(encoding="utf-8")
+
+    request = {"question": "Who cycles?", "passages": [CURIE]}
+    assert run("context", *BM25, "--html", page, stdin=jsonl(request, request)).code == 0
+    assert page.read_text(encoding="utf-8").count("Who cycles?") >= 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stdin", "said"),
+    [
+        (QUESTION, b'"fine."\n\n{"text": "cut off', "Line 3 is not JSON"),
+        (QUESTION, b'"fine."\n"\xff\xfe"', "Line 2 is not JSON ('utf-8' codec"),
+        (QUESTION, b"[" * 100_000, "Line 1 is not JSON"),
+        (QUESTION, b"\n \n", "There are no passages: give"),
+        (QUESTION, b"7", "Passage 0 must be a string"),
+        (QUESTION, b'{"title": "no text"}', "Passage 0 must be a string"),
+        (("--question", " "), b'"fine."', "The question must be a string with some text"),
+        ((), b"", "There are no requests: give"),
+        ((), b'{"question": "Q"}', "Line 1 must be an object with 'question', a string, and"),
+        ((), b'\n"bare passage"', "Line 2 must be an object with 'question', a string, and"),
+        ((), b'{"question": "Q", "passages": "p"}', "Line 1 must be an object"),
+        ((*QUESTION, "--threshold", "2"), b'"fine."', "got 2"),
+        ((*QUESTION, "--threshold", "nan"), b'"fine."', "threshold"),
+        ((*QUESTION, "--keep-ratio", "-1"), b'"fine."', "keep_ratio"),
+        ((*QUESTION, "--threshold", "0.1", "--keep-ratio", "0.5"), b'"fine."', "exactly one"),
+        ((*QUESTION, "--top-k", "0"), b'"fine."', "top_k must be a whole number"),
+        ((*QUESTION, "--method", "bn25"), b'"fine."', "Did you mean 'bm25'?"),
+        ((*QUESTION, "--model", "no/such/folder"), b'"fine."', "no folder no/such/folder"),
+        (("no-such-file.jsonl",), b"", "Cannot read 'no-such-file.jsonl' (No such file"),
+        (("..",), b"", "Cannot read '..' (Is a directory)"),
+        ((*QUESTION, "--threshold", "high"), b'"fine."', "Invalid value for '--threshold'"),
+        (("--quetsion", "Q"), b'"fine."', "No such option: --quetsion"),
+        (("--question",), b'"fine."', "--question"),
+    ],
+)
+def test_what_is_wrong_with_context_is_one_line(
+    run: Run, arguments: tuple[str, ...], stdin: bytes, said: str
+) -> None:
+    method = () if {"--model", "--method"} & set(arguments) else BM25
+    ran = run("context", *method, *arguments, stdin=stdin)
+    assert said in failed(ran)
+    assert ran.out == ""
+
+
+def test_a_failing_run_leaves_no_file_and_an_old_one_as_it_was(run: Run, tmp_path: Path) -> None:
+    good = {"question": "Q", "passages": [CURIE]}
+    broken = jsonl(*[good] * 40, {"question": "Q"})  # more than are pruned at a time
+    out, page = tmp_path / "out.jsonl", tmp_path / "page.html"
+    said = failed(run("context", "--out", out, "--html", page, *BM25, stdin=broken))
+    assert "Line 41" in said
+    assert list(tmp_path.iterdir()) == []
+
+    out.write_text("old")
+    failed(run("context", "--out", out, *BM25, stdin=broken))
+    assert out.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_a_folder_that_cannot_be_written(run: Run, tmp_path: Path) -> None:
+    blocked, out = tmp_path / "file", tmp_path / "out.jsonl"
+    blocked.write_text("not a folder")
+    ran = run("context", *QUESTION, *BM25, "--out", blocked / "out.jsonl", stdin=jsonl(CURIE))
+    assert f"Cannot write '{blocked / 'out.jsonl'}'" in failed(ran)
+    page = ("--html", blocked / "page.html")
+    assert str(blocked) in failed(
+        run("context", *QUESTION, *BM25, "--out", out, *page, stdin=jsonl(CURIE))
+    )
+    assert list(tmp_path.iterdir()) == [blocked]
+
+
+# ------------------------------------------------------------------------- pipes and interrupts
+
+MAIN = "from pipelines.cli import main; main()"
+LONG = jsonl(*[{"question": "Q", "passages": ["It was found. " * 400]}] * 64)
+
+
+def test_a_reader_that_goes_away_is_no_error(tmp_path: Path) -> None:
+    (tmp_path / "requests.jsonl").write_bytes(LONG)
+    process = python(MAIN, "context", "requests.jsonl", "--method", "lead", cwd=tmp_path)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    assert process.stdout.readline().startswith(b'{"question"')
+    process.stdout.close()  # as `head -1` does
+    assert process.stderr.read() == b""
+    process.stderr.close()
+    assert process.wait() == 1
+
+
+def test_control_c_stops_quietly_and_leaves_nothing(tmp_path: Path) -> None:
+    # Started from a shell's background a process would ignore the signal.
+    listen = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    out = ("--out", str(tmp_path / "out.jsonl"))
+    process = python(
+        listen + MAIN, "context", "--method", "lead", *out, stdin=subprocess.PIPE, cwd=tmp_path
+    )
+    assert process.stdin is not None
+    process.stdin.write(LONG + b"\n")
+    process.stdin.flush()  # and more may come
+    deadline = time.monotonic() + 120
+    while not any(path.stat().st_size for path in tmp_path.iterdir()):
+        assert time.monotonic() < deadline, "nothing was written"
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate()
+    assert (process.returncode, err) == (130, b"")
+    assert list(tmp_path.iterdir()) == []
+
+
+# ------------------------------------------------------------------------------------ rag ask
+
+
+class Reader(BaseHTTPRequestHandler):
+    """An OpenAI-compatible server that always gives the same answer."""
+
+    asked: ClassVar[list[dict[str, Any]]]
+    url: ClassVar[str]
+    status = 200
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.asked.append({**json.loads(body), "key": self.headers["Authorization"]})
+        reply = {
+            "choices": [{"message": {"content": "Marie Curie"}}],
+            "usage": {"prompt_tokens": 21, "completion_tokens": 2},
+        }
+        content = json.dumps(reply if self.status == 200 else {"error": "out of order"}).encode()
+        self.send_response(self.status)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def reader() -> Iterator[type[Reader]]:
+    class Fresh(Reader):
+        pass
+
+    Fresh.asked = []
+    with HTTPServer(("127.0.0.1", 0), Fresh) as server:
+        Fresh.url = f"http://127.0.0.1:{server.server_port}/v1"
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        yield Fresh
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def docs(tmp_path: Path) -> Path:
+    folder = tmp_path / "docs"
+    folder.mkdir()
+    (folder / "radium.md").write_text(f"# Radium\n\n{CURIE}\n", encoding="utf-8")
+    (folder / "paris.txt").write_text(PARIS["text"], encoding="utf-8")
+    return folder
+
+
+def test_asking_a_server_with_a_baseline_needs_no_torch(reader: Any, docs: Path) -> None:
+    arguments = ("--docs", str(docs), "--endpoint", reader.url, "--llm", "tiny", *BM25)
+    process = python(COUNTED, "rag", "ask", "Who found radium?", *arguments, "--threshold", "0.9")
+    out, err = process.communicate()
+    assert out.decode().splitlines() == [
+        "Marie Curie",
+        "  [radium.md] Marie Curie found radium.",
+    ]
+    *said, counted = err.decode().splitlines()
+    assert len(said) == 1
+    assert "of 2 passages kept; 21 prompt tokens" in said[0]
+    assert {"torch", "transformers"}.isdisjoint(counted.split())
+    (asked,) = reader.asked
+    assert asked["model"] == "tiny"
+    context = asked["messages"][0]["content"]
+    assert "\n\nRadium\nMarie Curie found radium.\n\nQuestion: Who found radium?" in context
+
+
+def test_a_key_and_a_page(run: Run, reader: Any, docs: Path, tmp_path: Path) -> None:
+    server = ("--endpoint", reader.url, "--llm", "tiny", "--api-key", "secret")
+    page = tmp_path / "page.html"
+    ran = run("rag", "ask", "Who found radium?", "--docs", docs, *server, *BM25, "--html", page)
+    assert (ran.code, ran.out.splitlines()[0]) == (0, "Marie Curie")
+    assert "secret" not in ran.out + ran.err
+    assert reader.asked[0]["key"] == "Bearer secret"
+    assert "Who found radium?" in page.read_text(encoding="utf-8")
+
+
+def test_documents_that_do_not_answer(run: Run, reader: Any, docs: Path) -> None:
+    server = ("--endpoint", reader.url, "--llm", "tiny")
+    ran = run("rag", "ask", "Why do penguins swim?", "--docs", docs, *server, *BM25)
+    assert (ran.code, ran.err) == (0, "")
+    assert "The documents do not answer this" in ran.out
+    assert reader.asked == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--docs", "no-such-folder", "--llm", "tiny"), "folder 'no-such-folder' does not exist"),
+        (("--docs", "docs"), "--endpoint needs --llm"),
+        (("--docs", "docs", "--llm", "tiny", "-k", "0"), "at least 1, got 0"),
+        (("--docs", "docs", "--llm", "tiny", "--threshold", "2"), "got 2"),
+        (("--docs", "docs", "--llm", "tiny", "--method", "bm52"), "Did you mean 'bm25'?"),
+        (("--docs", "bad", "--llm", "tiny"), "'bad/latin.txt' is not UTF-8"),
+        (("--llm", "tiny"), "Missing option '--docs'"),
+    ],
+)
+def test_what_is_wrong_with_a_question_is_one_line(
+    run: Run,
+    reader: Any,
+    docs: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: tuple[str, ...],
+    said: str,
+) -> None:
+    monkeypatch.chdir(docs.parent)
+    bad = docs.parent / "bad"
+    bad.mkdir()
+    (bad / "latin.txt").write_bytes("Café".encode("latin-1"))
+    method = () if "--method" in arguments else BM25
+    server = ("--endpoint", reader.url)
+    assert said in failed(run("rag", "ask", "Who found radium?", *server, *method, *arguments))
+    assert reader.asked == []
+
+
+def test_a_server_that_refuses(run: Run, reader: Any, docs: Path) -> None:
+    reader.status = 500
+    server = ("--endpoint", reader.url, "--llm", "tiny")
+    said = failed(run("rag", "ask", "Who found radium?", "--docs", docs, *server, *BM25))
+    assert "status 500: out of order" in said
+
+
+# --------------------------------------------------------------------------- methods and demo
+
+
+def test_methods(run: Run) -> None:
+    ran = run("methods")
+    assert (ran.code, ran.err) == (0, "")
+    for method in METHODS:
+        assert method.paper in ran.out
+    assert "(arXiv 2501.16214)" in ran.out
+
+
+def test_methods_as_json(run: Run) -> None:
+    rows = json.loads(run("methods", "--json").out)
+    assert [row["name"] for row in rows] == [method.name for method in METHODS]
+    for row in rows:
+        assert {"name", "package", "family", "paper", "arxiv", "year"} <= set(row)
+    (provence,) = (row for row in rows if row["name"] == "provence")
+    assert (provence["package"], provence["arxiv"], provence["year"]) == (
+        "rag_prune",
+        "2501.16214",
+        2025,
+    )
+
+
+@pytest.mark.parametrize(
+    ("questions", "said"),
+    [
+        ("0", "must be 1 to 24, got 0"),
+        ("99", "must be 1 to 24, got 99"),
+        ("many", "Invalid value for '--questions'"),
+    ],
+)
+def test_a_number_of_questions_that_the_demo_does_not_have(
+    run: Run, tmp_path: Path, questions: str, said: str
+) -> None:
+    page = tmp_path / "page.html"
+    assert said in failed(run("demo", "--questions", questions, "--html", page))
+    assert not page.exists()
+
+
+def test_an_unknown_command(run: Run) -> None:
+    assert "No such command 'contxt'. Did you mean 'context'?" in failed(run("contxt"))
