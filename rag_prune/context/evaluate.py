@@ -23,6 +23,7 @@ from rag_prune.context.result import Passage, PrunedContext
 from rag_prune.context.sentences import Span, touched
 
 RECALLS = (0.90, 0.95, 0.98)
+CURVE = tuple(round(0.70 + 0.01 * i, 2) for i in range(31))
 REQUIRED = ("keep_all", "random")
 
 
@@ -199,7 +200,8 @@ def compare(
     """Quality and cost of every pruner on the same tasks; `keep_all` and `random` always join.
 
     Returns:
-        `methods`: name → the figures of `measure`, and `seconds`.   `oracle`: the share of
+        `methods`: name → the figures of `measure`, `seconds`, and as `curve` the compression where
+        the method keeps each share of the evidence in `recalls`.   `oracle`: the share of
         characters that is dropped when only the evidence sentences stay.
 
     Raises:
@@ -217,10 +219,18 @@ def compare(
         started = time.perf_counter()
         scored = score_tasks(pruner, tasks)
         seconds = time.perf_counter() - started
-        methods[name] = measure(scored, threshold) | {"seconds": {"value": round(seconds, 2)}}
+        methods[name] = measure(scored, threshold) | {
+            "seconds": {"value": round(seconds, 2)},
+            "curve": [round(scored.compression(scored.threshold_at(r)), 4) for r in CURVE],
+        }
     assert scored is not None
     oracle = 1 - scored.length[scored.evidence].sum() / scored.length.sum()
-    return {"tasks": len(tasks), "oracle": round(float(oracle), 4), "methods": methods}
+    return {
+        "tasks": len(tasks),
+        "oracle": round(float(oracle), 4),
+        "recalls": list(CURVE),
+        "methods": methods,
+    }
 
 
 # ---------------------------------------------------------------------------------------- answers

@@ -28,12 +28,14 @@ class PrunerModel(nn.Module):
 
     def joint(self, ids: Tensor, mask: Tensor) -> Tensor:
         """(batch, tokens, 2) logits of joint reading."""
-        return self.classifier(input_ids=ids, attention_mask=mask).logits.float()
+        logits: Tensor = self.classifier(input_ids=ids, attention_mask=mask).logits
+        return logits.float()
 
     def states(self, ids: Tensor, mask: Tensor) -> Tensor:
         """(batch, tokens, hidden) last hidden states."""
         encoder = getattr(self.classifier, self.classifier.base_model_prefix)
-        return encoder(input_ids=ids, attention_mask=mask).last_hidden_state.float()
+        states: Tensor = encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+        return states.float()
 
 
 def pad(rows: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
