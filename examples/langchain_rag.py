@@ -1,6 +1,6 @@
 """LangChain: retrieve, then keep only the sentences that help, word for word.
 
-    python examples/langchain_rag.py          (or with a checkpoint folder: … langchain_rag.py DIR)
+python examples/langchain_rag.py          (or with a checkpoint folder: … langchain_rag.py DIR)
 """
 
 import sys

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from prune_core.errors import InputError
 from prune_core.results import cut
-from rag_prune.context.sentences import Span, split
+from rag_prune.context.sentences import Span, readable, split
 
 PassageLike = str | Mapping[str, Any]
 
@@ -356,6 +356,9 @@ class PrunedContext:
 
 def count_tokens(tokenizer: Any, text: str) -> int:
     """Tokens of `text` without special tokens, for transformers, tokenizers and tiktoken alike."""
+    text = readable(text)
+    if hasattr(tokenizer, "encode_ordinary"):  # tiktoken's `encode` refuses "<|endoftext|>"
+        return len(tokenizer.encode_ordinary(text))
     try:
         return len(tokenizer.encode(text, add_special_tokens=False))
     except TypeError:

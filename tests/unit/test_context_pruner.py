@@ -115,6 +115,35 @@ def test_max_tokens_holds_for_the_whole_text_titles_included(fixed):
     assert result.recut(max_tokens=0, tokenizer=Words).text == ""
 
 
+def test_a_sentence_without_a_token_brings_no_title_over_the_budget():
+    pruner = ContextPruner(Fixed({"_": (1.0, [1.0])}))
+    tokenizer = type("Dropping", (), {"encode": lambda text: text.replace("_", "").split()})
+    result = pruner.prune(
+        QUESTION, [{"title": "T", "text": "_"}], max_tokens=0, tokenizer=tokenizer
+    )
+    assert result.text == ""
+    assert result.recut(max_tokens=1, tokenizer=tokenizer).text == "T\n_"
+
+
+def test_tokens_are_counted_with_any_kind_of_tokenizer(bm25, tiny_pruners):
+    text = "Radium \ud800 was found. <|endoftext|> It glows."
+
+    class Tiktoken:
+        """Like tiktoken's: `encode` takes no add_special_tokens and refuses their names."""
+
+        def encode(self, text):
+            raise ValueError("disallowed special token")
+
+        def encode_ordinary(self, text):
+            return text.split()
+
+    transformers = tiny_pruners["provence"].scorer.checkpoint.tokenizer
+    for tokenizer in (Words, Tiktoken(), transformers, transformers.backend_tokenizer):
+        result = bm25.prune("glows?", [text], max_tokens=4, tokenizer=tokenizer)
+        assert 0 <= result.tokens(tokenizer) <= 4
+        assert result.recut(max_tokens=60, tokenizer=tokenizer).text == text
+
+
 def test_top_k_keeps_the_most_relevant_passages_and_survives_a_recut(fixed):
     result = fixed.prune(QUESTION, [A, B, C], top_k=2, threshold=0)
     assert [p.text for p in result.passages] == ["", B, C]
@@ -277,6 +306,23 @@ def test_each_token_of_a_long_passage_is_scored_once_in_its_place(tiny_checkpoin
     sums = np.stack([meaning[ids].double().sum(0).numpy() for ids in of_sentence])
     expected = sums / np.linalg.norm(sums, axis=1, keepdims=True)
     np.testing.assert_allclose(vectors.sentences, expected, atol=1e-6)
+
+
+def test_equal_rows_are_run_once_so_that_equal_sentences_tie(tiny_pruners):
+    import torch
+
+    rows = [[2, 9, 9, 3], [2, 7, 3], [2, 9, 9, 3], [2, 8, 9, 3]]
+    seen = []
+
+    def noisy(ids, mask):
+        seen.extend(ids[i, : mask[i].sum()].tolist() for i in range(len(ids)))
+        return torch.rand(*ids.shape, 1)
+
+    out = dict(tiny_pruners["provence"].scorer.run(noisy, rows))
+    assert sorted(seen) == [[2, 7, 3], [2, 8, 9, 3], [2, 9, 9, 3]]
+    assert [len(out[i]) for i in range(4)] == [4, 3, 4, 4]
+    np.testing.assert_array_equal(out[0], out[2])
+    assert not np.array_equal(out[0], out[3])
 
 
 def test_a_megabyte_takes_seconds(bm25, tiny_pruners):
