@@ -1,8 +1,9 @@
 # `make` alone lists what there is. The environment is made on first use, in .venv.
 PYTHON ?= python3
+# The version that the serving extras pin as well. It goes in first: asked for through a range, pip
+# takes the newest, which on Linux may bring gigabytes of GPU libraries.
+TORCH ?= torch==2.13.0
 BIN := .venv/bin
-# Without a GPU, PyTorch's own index has builds of a tenth of the size: make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
-TORCH_INDEX ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-slow lint bench clean
@@ -13,7 +14,7 @@ help: ## list the targets
 .venv/.ready: pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade "pip>=25.1"
-	$(BIN)/pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) "torch>=2.11"
+	$(BIN)/pip install --quiet "$(TORCH)"
 	$(BIN)/pip install --quiet --editable ".[demo]" --group dev
 	touch $@
 
@@ -22,7 +23,7 @@ setup: .venv/.ready ## make the environment
 demo: .venv/.ready ## retrieve, prune and answer real questions, then write a page to look at
 	$(BIN)/prunekit demo
 
-test: .venv/.ready lint ## every check, then the tests (CPU, offline)
+test: lint ## every check, then the tests (CPU, offline)
 	$(BIN)/python -m pytest
 
 test-slow: .venv/.ready ## the tests that load real models
@@ -34,9 +35,10 @@ lint: .venv/.ready ## style, import rules, types
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 
-bench: .venv/.ready ## measure quality and cost; writes benchmarks/*/results
+bench: .venv/.ready ## measure cost and the demo, and put the figures into the docs
 	$(BIN)/python benchmarks/context/cost.py
-	$(BIN)/python benchmarks/context/demo_questions.py
+	$(BIN)/prunekit demo --results benchmarks/context/results/demo.json
+	$(BIN)/python benchmarks/tables.py
 
 clean: ## remove the environment and caches
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,211 @@
+"""Fill the tables of README.md and docs/ from results files and the methods table.
+
+    python benchmarks/tables.py [--check]
+
+A table stands between `<!-- table: NAME -->` and `<!-- /table -->`; none of it is written by hand.
+With --check nothing is written, and a table that would change is an error: the tests run that.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from rag_prune import METHODS
+
+ROOT = Path(__file__).parents[1]
+CARD = ROOT / "rag_prune" / "context" / "default" / "README.md"
+PAGES = [ROOT / "README.md", CARD, *sorted((ROOT / "docs").glob("*.md"))]
+MARK = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
+
+
+def results(name: str, claim: str = "context") -> Any:
+    return json.loads((ROOT / "benchmarks" / claim / "results" / f"{name}.json").read_text())
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    head = list(head)
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def share(figure: dict[str, Any], digits: int = 1) -> str:
+    return f"{100 * figure['value']:.{digits}f} %"
+
+
+def with_interval(figure: dict[str, Any], scale: float = 1, digits: int = 3) -> str:
+    low, high = figure["interval"]
+    return (
+        f"{scale * figure['value']:.{digits}f} ({scale * low:.{digits}f}–{scale * high:.{digits}f})"
+    )
+
+
+def demo() -> str:
+    f = results("demo")["figures"]
+    full, pruned = f["full"], f["pruned"]
+    return table(
+        [
+            f"`make demo`: {f['questions']} questions on Python's reference",
+            "full context",
+            "pruned",
+        ],
+        [
+            ["characters kept", "100 %", f"{100 * f['keep_ratio']:.0f} %"],
+            ["evidence sentences kept", str(f["evidence_found"]), str(f["evidence_kept"])],
+            ["right passage, MRR", f"{f['mrr_before']:.2f}", f"{f['mrr_after']:.2f}"],
+            ["prompt tokens", f"{full['prompt_tokens']:.0f}", f"{pruned['prompt_tokens']:.0f}"],
+            ["seconds an answer, 2 cores", f"{full['seconds']:.1f}", f"{pruned['seconds']:.1f}"],
+            [
+                "right answers of a 135M model",
+                *(f"{x['right']} of {x['answerable']}" for x in (full, pruned)),
+            ],
+        ],
+    )
+
+
+def quality() -> str:
+    groups = results("quality")["groups"]
+    easy, hard = groups["qed, random distractors"], groups["qed, hard distractors"]
+    rows = [
+        [
+            f"`{name}`",
+            share(easy["methods"][name]["compression_at_0.95"]),
+            f"{easy['methods'][name]['mrr']['value']:.3f}",
+            share(hard["methods"][name]["compression_at_0.95"]),
+            f"{hard['methods'][name]['mrr']['value']:.3f}",
+        ]
+        for name in easy["methods"]
+    ]
+    rows.append(
+        ["oracle", f"{100 * easy['oracle']:.1f} %", "1", f"{100 * hard['oracle']:.1f} %", "1"]
+    )
+    return table(
+        [f"n = {easy['tasks']}", "dropped at 95 %", "MRR", "hard: dropped at 95 %", "hard: MRR"],
+        rows,
+    )
+
+
+def quality_full() -> str:
+    out = []
+    for title, group in results("quality")["groups"].items():
+        names = [
+            "recall",
+            "compression",
+            *(f"compression_at_{r}" for r in ("0.90", "0.95", "0.98")),
+            "mrr",
+        ]
+        rows = [
+            [f"`{name}`", *(with_interval(m[n]) for n in names)]
+            for name, m in group["methods"].items()
+        ]
+        head = ["", "recall at 0.1", "dropped at 0.1", "dropped at .90", "at .95", "at .98", "MRR"]
+        out.append(
+            f"**{title}** (n = {group['tasks']}; an oracle drops {group['oracle']:.3f})\n\n"
+            + table(head, rows)
+        )
+    return "\n".join(out)
+
+
+def answers() -> str:
+    report = results("answers")
+    rows = [
+        [
+            name,
+            with_interval(c["f1"]),
+            with_interval(c["contains"]),
+            with_interval(c["exact_match"]),
+            f"{c['prompt_tokens']['value']:.0f}",
+            f"{c['seconds']['value']:.2f}",
+            f"{c['answer_in_context']['value']:.2f}",
+        ]
+        for name, c in report["contexts"].items()
+    ]
+    head = [
+        f"n = {report['questions']}, with 95 % intervals",
+        "token F1",
+        "answer in the output",
+        "exact match",
+        "prompt tokens",
+        "seconds",
+        "answer in the context",
+    ]
+    return table(head, rows)
+
+
+def cost() -> str:
+    c = results("cost")
+    per_second = c["passages_per_second"]
+    ratio = c["prune_over_rank"]
+    return table(
+        ["cost, one run", ""],
+        [
+            [
+                "prune over rank alone, seconds",
+                f"{ratio['median']} ({ratio['min']}–{ratio['max']})",
+            ],
+            ["computed over real tokens", str(c["computed_over_real_tokens"])],
+            ["`provence`, passages a second", str(per_second["prune"])],
+            ["rank alone, passages a second", str(per_second["rank"])],
+            ["`late`, first time", str(per_second["prune_late_first"])],
+            ["`late`, passages indexed", str(per_second["prune_late_again"])],
+            ["re-cut, ms for 100 passages", str(c["recut_milliseconds_per_100_passages"])],
+        ],
+    )
+
+
+def install() -> str:
+    rows = [
+        [f"`{r['what']}`", str(r["packages"]), str(r["megabytes"]), str(r["seconds"]), r["torch"]]
+        for r in results("install", "install")["installs"]
+    ]
+    return table(["", "packages", "megabytes", "seconds", "torch"], rows)
+
+
+def methods() -> str:
+    def paper(row: dict[str, Any]) -> str:
+        return (
+            f"{row['paper']} ({row['year']}, arXiv:{row['arxiv']})"
+            if row["arxiv"]
+            else row["paper"]
+        )
+
+    return table(
+        ["name", "family", "paper", "needs", "costs"],
+        [
+            [f"`{r['name']}`", r["family"], paper(r), r["needs"], r["cost"]]
+            for r in (m.to_dict() for m in METHODS)
+        ],
+    )
+
+
+TABLES = {
+    "demo": demo,
+    "quality": quality,
+    "quality-full": quality_full,
+    "answers": answers,
+    "cost": cost,
+    "install": install,
+    "methods": methods,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true")
+    args = parser.parse_args()
+    for page in PAGES:
+        text = page.read_text()
+        filled = MARK.sub(lambda m: m[1] + TABLES[m[2]]() + m[3], text)
+        if filled != text and args.check:
+            sys.exit(
+                f"{page.name} has a table that is not up to date: run python benchmarks/tables.py"
+            )
+        if filled != text:
+            page.write_text(filled)
+
+
+if __name__ == "__main__":
+    main()
