@@ -31,7 +31,7 @@ def provenance(seed: int | None = None, **extra: Any) -> dict[str, Any]:
     seed, extra: recorded as given under "seed" and "extra"; what JSON cannot hold becomes text.
     What cannot be found out is None or empty. "memory" is in bytes. GPUs are listed only if torch
     is already imported. The git commit is that of the checkout this package lives in, if it is
-    one. No path is recorded, except those among the command line's own arguments.
+    one. No absolute path is recorded: in the command line only the last name of one stays.
     """
     cpuinfo = _cpuinfo()
     flags = set(cpuinfo.get("flags", cpuinfo.get("Features", "")).split())
@@ -48,7 +48,7 @@ def provenance(seed: int | None = None, **extra: Any) -> dict[str, Any]:
         "gpus": _gpus(),
         "git_commit": _git_commit(),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": [Path(program).name, *arguments],
+        "command": [Path(program).name, *map(_shown, arguments)],
         "seed": _plain(seed),
         "extra": {name: _plain(value) for name, value in extra.items()},
     }
@@ -109,3 +109,8 @@ def _plain(value: Any) -> Any:
         return json.loads(json.dumps(value, default=lambda o: o.tolist()))
     except (AttributeError, TypeError, ValueError, RecursionError):
         return repr(value)
+
+
+def _shown(argument: str) -> str:
+    """An argument as it may be published: of an absolute path, its last name."""
+    return f"…/{Path(argument).name}" if os.path.isabs(argument) else argument

@@ -39,6 +39,8 @@ def test_what_json_cannot_hold_becomes_text_and_does_not_raise():
 def test_the_command_line_does_not_tell_where_the_program_lives(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["/home/marie/bin/prunekit", "demo", "--seed=1"])
     assert provenance()["command"] == ["prunekit", "demo", "--seed=1"]
+    monkeypatch.setattr(sys, "argv", ["prunekit", "--docs", "/home/marie/docs/", "out/a.json"])
+    assert provenance()["command"] == ["prunekit", "--docs", "…/docs", "out/a.json"]
     monkeypatch.setattr(sys, "argv", [])
     assert provenance()["command"] == [""]
 
