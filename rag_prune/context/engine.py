@@ -19,7 +19,7 @@ from rag_prune.context.model import pad
 from rag_prune.context.result import Request, Scores
 from rag_prune.context.windows import batches
 
-TOKENS_PER_BATCH = 4096  # padded; more of them only add padding on a CPU
+TOKENS_PER_BATCH = 2048  # padded; more of them only add padding on a CPU
 
 Floats = NDArray[np.float64]
 
