@@ -12,13 +12,14 @@ Cost: one pass a window of each passage, for every question.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 
 from rag_prune.context.engine import Engine, Floats, fit_question
 from rag_prune.context.model import KEEP, RELEVANCE, joint_ids
 from rag_prune.context.result import Request
-from rag_prune.context.windows import encode_plain, sentence_means, tokenise, windows
+from rag_prune.context.windows import encode_plain, sentence_means, tokenise
 
 
 class Cross(Engine):
@@ -27,26 +28,16 @@ class Cross(Engine):
     name = "provence"
 
     def logits(self, requests: Sequence[Request]) -> list[list[tuple[Floats, float]]]:
-        tokenizer, settings = self.checkpoint.tokenizer, self.checkpoint.settings
+        tokenizer = self.checkpoint.tokenizer
         passages = [p for request in requests for p in request.passages]
         tokens = tokenise(tokenizer, [p.text for p in passages], [p.spans for p in passages])
-        rows, places = [], []
-        for i, (question, title) in enumerate(self._heads(requests)):
-            # [CLS] question [SEP] title [SEP] window [SEP]
-            room = settings.window - len(question) - len(title) - (4 if title else 3)
-            for window in windows(tokens[i], room) if len(tokens[i].ids) else ():
-                part = tokens[i].ids[window.start : window.end].tolist()
-                rows.append(joint_ids(tokenizer, question, title, part))
-                places.append((i, window))
+        frames = [partial(joint_ids, tokenizer, *head) for head in self._heads(requests)]
         keep = [np.empty(len(t.ids)) for t in tokens]
         relevance = [-np.inf] * len(passages)
-        for row, values in self.run(self.checkpoint.model.joint, rows):
-            i, window = places[row]
-            # The window's tokens end one [SEP] before the row does.
-            shift = len(values) - 1 - window.end
-            low, high = window.own
-            keep[i][low:high] = values[low + shift : high + shift, KEEP]
-            relevance[i] = max(relevance[i], float(values[0, RELEVANCE]))
+        read = self.run_windows(self.checkpoint.model.joint, tokens, frames)
+        for i, (low, high), logits, first in read:
+            keep[i][low:high] = logits[:, KEEP]
+            relevance[i] = max(relevance[i], float(first[RELEVANCE]))
         scored = iter(
             (sentence_means(keep[i], tokens[i].sentence, len(p.spans)), relevance[i])
             for i, p in enumerate(passages)

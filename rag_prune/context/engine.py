@@ -17,7 +17,7 @@ from torch import Tensor
 from rag_prune.context.checkpoints import Checkpoint
 from rag_prune.context.model import pad
 from rag_prune.context.result import Request, Scores
-from rag_prune.context.windows import batches
+from rag_prune.context.windows import Tokens, batches, windows
 
 TOKENS_PER_BATCH = 2048  # padded; more of them only add padding on a CPU
 
@@ -69,6 +69,30 @@ class Engine(ABC):
                 for j, values in zip(batch, out, strict=True):
                     for i in distinct[j]:
                         yield i, values[: len(rows[i])]
+
+    def run_windows(
+        self,
+        forward: Callable[[Tensor, Tensor], Tensor],
+        tokens: Sequence[Tokens],
+        frames: Sequence[Callable[[list[int]], list[int]]],
+    ) -> Iterator[tuple[int, tuple[int, int], Floats, Floats]]:
+        """Run every passage in windows, each put into a row by the passage's frame.
+
+        A frame takes a window's token ids and puts what belongs around them; the passage's tokens
+        must end one [SEP] before the row does. Yields (passage number, the token range (low, high)
+        scored here, the output of those tokens, the output of the row's first token).
+        """
+        rows, places = [], []
+        for i, (passage, frame) in enumerate(zip(tokens, frames, strict=True)):
+            room = self.checkpoint.settings.window - len(frame([]))
+            for window in windows(passage, room) if len(passage.ids) else ():
+                rows.append(frame(passage.ids[window.start : window.end].tolist()))
+                places.append((i, window))
+        for row, values in self.run(forward, rows):
+            i, window = places[row]
+            shift = len(values) - 1 - window.end
+            low, high = window.own
+            yield i, window.own, values[low + shift : high + shift], values[0]
 
 
 def fit_question(ids: list[int], room: int) -> list[int]:

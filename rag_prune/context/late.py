@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from safetensors import SafetensorError
@@ -25,7 +26,7 @@ from rag_prune.context.engine import Engine, Floats, fit_question
 from rag_prune.context.model import KEEP, RELEVANCE, alone_ids
 from rag_prune.context.result import Passage, PassageLike, Request
 from rag_prune.context.sentences import SPLITTER
-from rag_prune.context.windows import encode_plain, tokenise, windows
+from rag_prune.context.windows import encode_plain, tokenise
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,20 +121,12 @@ class Late(Engine):
         tokenizer, settings = self.checkpoint.tokenizer, self.checkpoint.settings
         tokens = tokenise(tokenizer, [p.text for p in passages], [p.spans for p in passages])
         titles = encode_plain(tokenizer, [p.title or "" for p in passages])["input_ids"]
-        rows, places = [], []
-        for i, t in enumerate(tokens):
-            title = titles[i][: settings.window // 8]
-            room = settings.window - len(title) - (3 if title else 2)
-            for window in windows(t, room) if len(t.ids) else ():
-                rows.append(alone_ids(tokenizer, title, t.ids[window.start : window.end].tolist()))
-                places.append((i, window))
+        frames = [partial(alone_ids, tokenizer, title[: settings.window // 8]) for title in titles]
         hidden = self.checkpoint.model.classifier.config.hidden_size
         sums = [np.zeros((len(p.spans), hidden)) for p in passages]
-        for row, states in self.run(self.checkpoint.model.states, rows):
-            i, window = places[row]
-            shift = len(states) - 1 - window.end
-            low, high = window.own
-            np.add.at(sums[i], tokens[i].sentence[low:high], states[low + shift : high + shift])
+        read = self.run_windows(self.checkpoint.model.states, tokens, frames)
+        for i, (low, high), states, _ in read:
+            np.add.at(sums[i], tokens[i].sentence[low:high], states)
         return [Vectors(_unit(s), _unit(s.sum(0))) for s in sums]
 
 
