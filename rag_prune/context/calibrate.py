@@ -16,7 +16,7 @@ from rag_prune.context.checkpoints import Calibration
 from rag_prune.context.engine import Engine
 from rag_prune.context.evaluate import Task
 from rag_prune.context.pruner import DEFAULT_THRESHOLD
-from rag_prune.context.result import Passage, Request
+from rag_prune.context.result import Request
 from rag_prune.context.sentences import touched
 
 
@@ -25,10 +25,7 @@ def calibrate(engine: Engine, tasks: Sequence[Task], recall: float = 0.97) -> Ca
 
     Raises InputError when the tasks have no evidence sentence.
     """
-    requests = [
-        Request(t.question, tuple(Passage.read(p, i) for i, p in enumerate(t.passages)))
-        for t in tasks
-    ]
+    requests = [Request.read(t.question, t.passages) for t in tasks]
     logits, labels = [], []
     for task, request, scored in zip(tasks, requests, engine.logits(requests), strict=True):
         for i, (passage, (keep, _)) in enumerate(zip(request.passages, scored, strict=True)):

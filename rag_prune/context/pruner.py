@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
 from prune_core.errors import CheckpointError, InputError
-from rag_prune.context.result import Budget, Passage, PassageLike, PrunedContext, Request, Scores
+from rag_prune.context.result import Budget, PassageLike, PrunedContext, Request, Scores
 
 DEFAULT_THRESHOLD = 0.1
 
@@ -145,7 +145,7 @@ class ContextPruner:
         budget: Budget,
         reorder: bool,
     ) -> list[PrunedContext]:
-        read = [_request(question, passages) for question, passages in requests]
+        read = [Request.read(question, passages) for question, passages in requests]
         scored = self.scorer.score(read) if read else []
         return [
             PrunedContext.from_scores(
@@ -188,13 +188,3 @@ def _budget(
     if threshold is None and keep_ratio is None and max_tokens is None:
         threshold = DEFAULT_THRESHOLD
     return Budget(threshold, keep_ratio, max_tokens, tokenizer, top_k)
-
-
-def _request(question: str, passages: Sequence[PassageLike]) -> Request:
-    if not isinstance(question, str) or not question.strip():
-        raise InputError(f"The question must be a string with some text in it, got {question!r}.")
-    if isinstance(passages, str | bytes | Mapping) or not isinstance(passages, Sequence):
-        raise InputError(
-            f"The passages must be a list of strings or mappings, got {type(passages).__name__}."
-        )
-    return Request(question, tuple(Passage.read(p, i) for i, p in enumerate(passages)))

@@ -51,6 +51,20 @@ class Request:
     question: str
     passages: tuple[Passage, ...]
 
+    @classmethod
+    def read(cls, question: str, passages: Sequence[PassageLike]) -> Request:
+        """Raises InputError for an empty question, and for passages that are no list of them."""
+        if not isinstance(question, str) or not question.strip():
+            raise InputError(
+                f"The question must be a string with some text in it, got {question!r}."
+            )
+        if isinstance(passages, str | bytes | Mapping) or not isinstance(passages, Sequence):
+            raise InputError(
+                "The passages must be a list of strings or mappings, got "
+                f"{type(passages).__name__}."
+            )
+        return cls(question, tuple(Passage.read(p, i) for i, p in enumerate(passages)))
+
 
 @dataclass(frozen=True, eq=False)
 class Scores:
