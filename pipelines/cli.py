@@ -72,9 +72,10 @@ def context(
         if question is None:
             pruner = ContextPruner.from_pretrained(model, method=method)
             for result in pruner.stream(_requests(lines), **options):
-                write(result.to_dict())
+                whole = result.to_dict()
+                write(whole)
                 if html:
-                    pages.append(result.to_dict())
+                    pages.append(whole)
         else:
             passages = _passages(lines)  # first, so that a bad line is reported without a wait
             pruner = ContextPruner.from_pretrained(model, method=method)

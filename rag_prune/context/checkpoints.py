@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load as load_weights
+from safetensors.torch import save_file
 from scipy.special import expit
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForTokenClassification, AutoTokenizer
@@ -155,19 +156,19 @@ def load(folder: Path) -> Checkpoint:
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{folder} cannot be loaded: {error}") from error
     state: dict[str, Tensor] = {}
+    digest = hashlib.sha256()
     model = PrunerModel(network)
     try:
         for file in weights:
-            state |= load_file(file)
+            data = file.read_bytes()
+            digest.update(data)
+            state |= load_weights(data)
         network.load_state_dict(_from_int8(state), strict=True)
         model.load_state_dict({"late": late}, strict=False)
     except (KeyError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(
             f"The weights in {folder} do not fit its config.json: {error}"
         ) from error
-    digest = hashlib.sha256()
-    for file in weights:
-        digest.update(file.read_bytes())
     return Checkpoint(model.float().eval(), tokenizer, settings, digest.hexdigest()[:16])
 
 

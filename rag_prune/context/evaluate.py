@@ -19,7 +19,7 @@ import numpy as np
 
 from prune_core.errors import InputError
 from rag_prune.context.pruner import DEFAULT_THRESHOLD, ContextPruner
-from rag_prune.context.result import Passage, PrunedContext
+from rag_prune.context.result import PrunedContext
 from rag_prune.context.sentences import Span, touched
 
 RECALLS = (0.90, 0.95, 0.98)
@@ -154,12 +154,11 @@ def flatten(results: Sequence[PrunedContext], tasks: Sequence[Task]) -> Scored:
     for n, (result, task) in enumerate(zip(results, tasks, strict=True)):
         for i, passage in enumerate(result.passages):
             sentences = sorted([*passage.kept, *passage.dropped], key=lambda s: s.start)
-            read = Passage.read(task.passages[i], i)
-            marked = touched(read.spans, task.evidence if i == task.gold else ())
+            spans = [(s.start, s.end) for s in sentences]
             score += [s.score for s in sentences]
-            length += [s.end - s.start for s in sentences]
+            length += [end - start for start, end in spans]
             number += [n] * len(sentences)
-            evidence += marked
+            evidence += touched(spans, task.evidence if i == task.gold else ())
         # A tie is worth its mean place, or the order would judge a method that ranks nothing.
         relevance = np.array([p.relevance for p in result.passages])
         right = relevance[task.gold]
@@ -182,12 +181,7 @@ def measure(
     rng = np.random.default_rng(seed)
     drawn = [figures(scored.resample(rng)) for _ in range(resamples)]
     return {
-        name: {
-            "value": round(value, 4),
-            "interval": [
-                round(float(q), 4) for q in np.quantile([d[name] for d in drawn], [0.025, 0.975])
-            ],
-        }
+        name: _with_interval(value, [d[name] for d in drawn])
         for name, value in figures(scored).items()
     }
 
@@ -302,7 +296,10 @@ def mean_interval(values: np.ndarray, resamples: int = 1000, seed: int = 0) -> d
     """Mean and 95 % bootstrap interval."""
     rng = np.random.default_rng(seed)
     means = values[rng.integers(len(values), size=(resamples, len(values)))].mean(axis=1)
-    return {
-        "value": round(float(values.mean()), 4),
-        "interval": [round(float(q), 4) for q in np.quantile(means, [0.025, 0.975])],
-    }
+    return _with_interval(float(values.mean()), means)
+
+
+def _with_interval(value: float, resampled: Sequence[float] | np.ndarray) -> dict[str, Any]:
+    """A figure and the middle 95 % of its resampled values."""
+    bounds = np.quantile(resampled, [0.025, 0.975])
+    return {"value": round(value, 4), "interval": [round(float(q), 4) for q in bounds]}
