@@ -11,6 +11,8 @@ import string
 
 import pytest
 
+from tiny import wordpiece
+
 METHODS = ("provence", "late", "both")
 
 
@@ -34,32 +36,19 @@ def no_network(monkeypatch):
 def build_checkpoint(folder, *, seed=0, **settings):
     """Save a random two-layer pruner that reads 64 tokens at once; returns its folder."""
     import torch
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
-    from transformers import BertConfig, BertForTokenClassification, PreTrainedTokenizerFast
+    from transformers import BertConfig, BertForTokenClassification
 
     from rag_prune.context.checkpoints import Calibration, Settings, save
     from rag_prune.context.model import PrunerModel
 
-    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     characters = [*string.ascii_lowercase, *string.digits, *string.punctuation, *"。你好日本語é👍"]
     words = ["the", "cat", "radium", "curie", "found", "##ing", "##ed", "##s"]
-    vocabulary = dict.fromkeys([*specials, *characters, *(f"##{c}" for c in characters), *words])
-    backend = Tokenizer(
-        models.WordPiece(
-            {token: i for i, token in enumerate(vocabulary)},
-            unk_token="[UNK]",
-            max_input_chars_per_word=100,
-        )
-    )
-    backend.normalizer = normalizers.BertNormalizer(strip_accents=False)
-    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    named = {f"{token[1:-1].lower()}_token": token for token in specials}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **named)
+    tokenizer = wordpiece([*characters, *(f"##{c}" for c in characters), *words])
 
     torch.manual_seed(seed)
     network = BertForTokenClassification(
         BertConfig(
-            vocab_size=len(vocabulary),
+            vocab_size=len(tokenizer),
             hidden_size=32,
             num_hidden_layers=2,
             num_attention_heads=2,

@@ -3,27 +3,19 @@
 import importlib
 import json
 import math
-import pickle
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from prune_core.errors import CheckpointError, InputError, UnknownName
+from prune_core.errors import InputError
 from rag_prune import METHODS, ContextPruner, PrunedContext
 from rag_prune.context import windows
 from rag_prune.context.result import Passage, Request, Scores
+from tiny import PASSAGES, QUESTION
 
 ROOT = Path(__file__).parents[2]
-QUESTION = "Who found radium?"
-PASSAGES = [
-    "The cat sat on the mat. It slept.",
-    {"title": "Curie", "text": "Marie was born in Warsaw. Curie found radium in 1898.", "id": 7},
-    "Paris is a city. Curie lived there. It is old.",
-]
 
 
 class Fixed:
@@ -67,7 +59,7 @@ def texts(sentences):
     return [sentence.text for sentence in sentences]
 
 
-# ----------------------------------------------------------------------------------- what comes out
+# ---------------------------------------------------------------------------------- what comes out
 
 
 def test_each_sentence_has_its_score_and_reason(fixed):
@@ -199,7 +191,7 @@ def test_many_is_empty_for_none(tiny_pruner):
     assert tiny_pruner.prune_many([]) == []
 
 
-# ---------------------------------------------------------------------------------- odd but allowed
+# --------------------------------------------------------------------------------- odd but allowed
 
 
 def test_no_passages_are_an_empty_result(tiny_pruner):
@@ -335,7 +327,7 @@ def test_a_megabyte_takes_seconds(bm25, tiny_pruners):
         assert 0.25 < result.keep_ratio <= 0.3
 
 
-# -------------------------------------------------------------------------------------- bad input
+# --------------------------------------------------------------------------------------- bad input
 
 
 @pytest.mark.parametrize("question", ["", " \n", None, 7, b"who?"])
@@ -398,251 +390,3 @@ def test_recut_needs_a_budget(fixed):
 def test_top_k_is_a_number_of_passages(bm25, top_k):
     with pytest.raises(InputError, match="top_k must be a whole number of passages >= 1"):
         bm25.prune(QUESTION, PASSAGES, top_k=top_k)
-
-
-# ------------------------------------------------------------------------------------- checkpoints
-
-
-@pytest.fixture
-def checkpoint(tiny_checkpoint, tmp_path):
-    """A copy of the tiny checkpoint, to be damaged."""
-    folder = tmp_path / "copy"
-    folder.mkdir()
-    for file in tiny_checkpoint.iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    return folder
-
-
-def edit_config(folder, change):
-    config = json.loads((folder / "config.json").read_text())
-    change(config)
-    (folder / "config.json").write_text(json.dumps(config))
-
-
-def refused(folder, sentence, **options):
-    with pytest.raises(CheckpointError, match=sentence) as error:
-        ContextPruner.from_pretrained(folder, **options)
-    assert str(folder) in str(error.value)
-
-
-def test_save_and_load_give_the_same_scores(tiny_checkpoint, tiny_pruner):
-    again = ContextPruner.from_pretrained(str(tiny_checkpoint), method=tiny_pruner.scorer.name)
-    first, second = (p.prune(QUESTION, PASSAGES).to_dict() for p in (tiny_pruner, again))
-    assert first == second
-
-
-def test_the_checkpoint_names_its_method(checkpoint):
-    assert ContextPruner.from_pretrained(checkpoint).scorer.name == "provence"
-    edit_config(checkpoint, lambda c: c["prunekit"].update(method="late"))
-    assert ContextPruner.from_pretrained(checkpoint).scorer.name == "late"
-
-
-def test_int8_rows_cost_little(tiny_pruners, tmp_path):
-    from rag_prune.context.checkpoints import save
-
-    whole = tiny_pruners["provence"]
-    loaded = whole.scorer.checkpoint
-    save(tmp_path / "small", loaded.model, loaded.tokenizer, loaded.settings, int8=True)
-    small = ContextPruner.from_pretrained(tmp_path / "small")
-    request = Request(QUESTION, tuple(Passage.read(p, i) for i, p in enumerate(PASSAGES)))
-    for a, b in zip(*(p.scorer.logits([request])[0] for p in (whole, small)), strict=True):
-        np.testing.assert_allclose(a[0], b[0], atol=0.1)
-    size = sum(f.stat().st_size for f in (tmp_path / "small").glob("*.safetensors"))
-    state = loaded.model.classifier.state_dict().values()
-    assert size < 0.5 * sum(v.numel() * 4 for v in state)
-
-
-def test_missing_folder(tmp_path):
-    refused(tmp_path / "none", "There is no folder")
-
-
-def test_a_name_that_neither_folder_nor_hub_has():
-    refused("nobody/nothing", "neither a folder here nor a model that could be fetched")
-
-
-def test_a_folder_without_a_config(tmp_path):
-    refused(tmp_path, "is not a checkpoint: it has no config.json")
-
-
-def test_a_folder_with_only_a_pickle(checkpoint):
-    (checkpoint / "model.safetensors").unlink()
-    refused(checkpoint, r"must hold its weights as \*.safetensors; found none")
-    (checkpoint / "pytorch_model.bin").write_bytes(pickle.dumps({}))
-    refused(checkpoint, "found only pytorch_model.bin, which can run code when read")
-
-
-def test_a_config_that_asks_for_remote_code(checkpoint):
-    edit_config(checkpoint, lambda c: c.update(auto_map={"AutoModel": "modeling_x.X"}))
-    (checkpoint / "modeling_x.py").write_text("raise SystemExit('remote code was run')")
-    refused(checkpoint, r"asks for remote code \(auto_map\), which prunekit never runs")
-
-
-def test_a_tokenizer_that_asks_for_remote_code_is_not_run(checkpoint):
-    file = checkpoint / "tokenizer_config.json"
-    config = json.loads(file.read_text())
-    config["auto_map"] = {"AutoTokenizer": ["tokenization_x.X", "tokenization_x.X"]}
-    config["tokenizer_class"] = "X"
-    file.write_text(json.dumps(config))
-    (checkpoint / "tokenization_x.py").write_text("raise SystemExit('remote code was run')")
-    assert ContextPruner.from_pretrained(checkpoint).prune(QUESTION, PASSAGES).passages
-
-
-@pytest.mark.parametrize("content", ["{", "\udcff", "[]", '{"prunekit": 3}'])
-def test_a_config_that_is_no_json_object(checkpoint, content):
-    (checkpoint / "config.json").write_text(content, errors="surrogateescape")
-    refused(checkpoint, "is not valid JSON|must be JSON objects")
-
-
-def test_a_config_of_another_library(checkpoint):
-    edit_config(checkpoint, lambda c: c.pop("prunekit"))
-    refused(checkpoint, "has no 'prunekit' section, so .* is not a prunekit pruner")
-
-
-@pytest.mark.parametrize(
-    ("change", "sentence"),
-    [
-        (lambda s: s.pop("late"), "'late'"),
-        (lambda s: s.update(late="x"), "cannot be read"),
-        (lambda s: s.update(windows=3), "Did you mean 'window'"),
-        (lambda s: s.update(window=8), "window must be at least 16 tokens, got 8"),
-        (lambda s: s["calibration"].pop("late"), "calibration must have provence, late, both"),
-        (lambda s: s.update(method="bm25"), "method"),
-    ],
-)
-def test_a_damaged_prunekit_section(checkpoint, change, sentence):
-    edit_config(checkpoint, lambda c: change(c["prunekit"]))
-    refused(checkpoint, f"The 'prunekit' section of .* cannot be read .*{sentence}|{sentence}")
-
-
-def test_weights_that_do_not_fit(checkpoint):
-    edit_config(checkpoint, lambda c: c.update(intermediate_size=48))
-    refused(checkpoint, r"The weights in .* do not fit its config.json: (.|\n)*size mismatch")
-
-
-@pytest.mark.parametrize("late", [[1.0, 2.0, 3.0], [[1.0, 2.0]]])
-def test_late_weights_that_do_not_fit(checkpoint, late):
-    edit_config(checkpoint, lambda c: c["prunekit"].update(late=late))
-    refused(
-        checkpoint, r"The weights in .* do not fit its config.json: (.|\n)*size mismatch for late"
-    )
-
-
-def test_a_truncated_weights_file(checkpoint):
-    file = checkpoint / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:1000])
-    refused(checkpoint, "The weights in .* do not fit")
-
-
-def test_another_splitter_version(checkpoint):
-    edit_config(checkpoint, lambda c: c["prunekit"].update(splitter="nltk-3"))
-    refused(checkpoint, "trained with the sentence splitter 'nltk-3', .* Train it again")
-
-
-def test_an_unknown_method(tiny_checkpoint):
-    with pytest.raises(UnknownName, match=r"Unknown .* 'provance'\. Did you mean 'prov"):
-        ContextPruner.from_pretrained(tiny_checkpoint, method="provance")
-
-
-def test_a_model_for_a_baseline_that_has_none(tiny_checkpoint):
-    with pytest.raises(InputError, match=r"The baseline 'bm25' has no model, so '.*' must go"):
-        ContextPruner.from_pretrained(tiny_checkpoint, method="bm25")
-
-
-# ------------------------------------------------------------------------------- the `late` engine
-
-
-@pytest.fixture
-def late(tiny_checkpoint):
-    """A late pruner of its own, without vectors, whose encoder's rows are counted."""
-    pruner = ContextPruner.from_pretrained(tiny_checkpoint, method="late", device="cpu")
-    run, pruner.rows = pruner.scorer.run, []
-
-    def counted(forward, rows):
-        pruner.rows.extend(rows)
-        return run(forward, rows)
-
-    pruner.scorer.run = counted
-    return pruner
-
-
-def test_indexed_passages_are_not_read_again(late):
-    passages = [*PASSAGES, "Radium. " * 40]
-    late.scorer.index(passages)
-    assert len(late.rows) > len(passages)  # the last one needs several windows
-    late.rows.clear()
-    late.prune(QUESTION, passages)
-    late.prune_many([("cat?", passages), ("city?", passages[:2])])
-    assert len(late.rows) == 3  # the questions
-    late.prune(QUESTION, [PASSAGES[1]["text"]])  # without its title it is another passage
-    assert len(late.rows) == 5
-
-
-def test_a_saved_index_gives_the_same_scores_without_a_second_pass(late, tiny_pruners, tmp_path):
-    late.scorer.index([*PASSAGES, "", " "])
-    late.scorer.save_index(tmp_path / "sub" / "corpus.safetensors")
-    late.scorer._vectors.clear()
-    late.rows.clear()
-    late.scorer.load_index(tmp_path / "sub" / "corpus.safetensors")
-    stored = late.scorer.score([_request([*PASSAGES, "", " "])])[0]
-    assert len(late.rows) == 1
-    fresh = tiny_pruners["late"].scorer.score([_request([*PASSAGES, "", " "])])[0]
-    for a, b in zip(stored, fresh, strict=True):
-        # Half precision moves a cosine by less than 1e-3, and this model's scores by 30 times that.
-        np.testing.assert_allclose(a.sentences, b.sentences, atol=0.03)
-        assert a.relevance == pytest.approx(b.relevance, abs=0.005)
-
-
-def _request(passages):
-    return Request(QUESTION, tuple(Passage.read(p, i) for i, p in enumerate(passages)))
-
-
-def test_vectors_of_other_weights_are_not_used(late, make_checkpoint, tmp_path):
-    other = ContextPruner.from_pretrained(make_checkpoint(tmp_path / "x", seed=1), method="late")
-    other.scorer.index(PASSAGES)
-    other.scorer.save_index(tmp_path / "other.safetensors")
-    late.scorer.load_index(tmp_path / "other.safetensors")
-    late.prune(QUESTION, PASSAGES)
-    assert len(late.rows) == 1 + len(PASSAGES)
-
-
-def test_an_index_that_cannot_be_read(late, tmp_path):
-    file = tmp_path / "index.safetensors"
-    with pytest.raises(
-        InputError, match=r"Cannot read the vector index .*Make one with save_index"
-    ):
-        late.scorer.load_index(file)
-    file.write_bytes(b"no such thing")
-    with pytest.raises(InputError, match="Cannot read the vector index"):
-        late.scorer.load_index(file)
-
-
-# ---------------------------------------------------------------------------------------- imports
-
-HEAVY = ("torch", "transformers", "sklearn", "scipy", "vllm", "langchain_core", "jinja2")
-
-
-def test_importing_the_packages_is_light_and_fast():
-    names = ["prune_core", "rag_prune", "data_prune", "model_prune"]
-    packages = [name for name in names if (ROOT / name / "__init__.py").is_file()]
-    assert packages[:2] == names[:2]
-    code = (
-        f"import sys, time; started = time.process_time(); import {', '.join(packages)}; "
-        "print(time.process_time() - started); print(*sys.modules)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
-    )
-    seconds, modules = done.stdout.splitlines()
-    assert not set(HEAVY) & set(modules.split())
-    assert float(seconds) < 0.3
-
-
-def test_the_public_names_are_there():
-    import rag_prune
-
-    for name in rag_prune.__all__:
-        assert getattr(rag_prune, name) is not None
-    assert dir(rag_prune) == sorted(rag_prune.__all__)
-    with pytest.raises(AttributeError, match=r"module 'rag_prune' has no attribute 'ContextPrune'"):
-        _ = rag_prune.ContextPrune
-    assert {"provence", "late", "bm25", "lead", "random", "keep_all"} <= set(METHODS.names)

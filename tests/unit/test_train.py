@@ -1,10 +1,9 @@
-"""Training on a toy task with a tiny encoder built in code: rows, losses, resuming, calibration."""
+"""Training on a toy task with a tiny encoder built in code: recipe, losses, resuming, result."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,64 +11,27 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
-from transformers import (
-    AutoModelForTokenClassification,
-    BertConfig,
-    BertModel,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoModelForTokenClassification, BertConfig, BertModel
 
 from prune_core.errors import CheckpointError, InputError, UnknownName
 from rag_prune import ContextPruner
 from rag_prune.context import train as train_module
-from rag_prune.context.calibrate import calibrate
 from rag_prune.context.checkpoints import ENGINES, Settings, load, save
-from rag_prune.context.evaluate import Task, build_tasks, score_tasks
+from rag_prune.context.evaluate import build_tasks, score_tasks
 from rag_prune.context.model import pad
 from rag_prune.context.pruner import DEFAULT_THRESHOLD
-from rag_prune.context.sentences import split
 from rag_prune.context.train import TrainConfig, draw, rate_share, train
 from rag_prune.context.train_rows import (
-    IGNORED,
-    Row,
     hard_negatives,
     labelled_rows,
-    piece,
     read_rows,
-    sentence_labels,
 )
-
-
-def words(text: str) -> list[str]:
-    return text.split()
-
-
-NOUNS = words(
-    "cat dog bird tree house lake boat train king queen apple river stone glass paper horse cloud "
-    "table chair piano"
-)
-PLACES = words("paris rome berlin madrid oslo lima cairo delhi")
-OTHERS = words("where is the a now it was in long ago today not one of them saw")
-WORDS = [*NOUNS, *PLACES, *OTHERS]
-
-
-def tokenizer() -> Any:
-    """Words of the toy task, one token each."""
-    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    vocabulary = {token: i for i, token in enumerate([*specials, *WORDS, *".?"])}
-    backend = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
-    backend.normalizer = normalizers.BertNormalizer()
-    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    named = {f"{token[1:-1].lower()}_token": token for token in specials}
-    return PreTrainedTokenizerFast(tokenizer_object=backend, **named)
+from tiny import toy_rows, toy_tokenizer, write_rows
 
 
 def build_encoder(folder: Path, hidden: int = 32) -> str:
-    of_words = tokenizer()
+    of_words = toy_tokenizer()
     torch.manual_seed(0)
     encoder = BertModel(
         BertConfig(
@@ -87,39 +49,6 @@ def build_encoder(folder: Path, hidden: int = 32) -> str:
     return str(folder)
 
 
-def toy_rows(n: int, seed: int = 0) -> list[dict[str, Any]]:
-    """The sentence that shares a noun with the question, and says "today", is the evidence.
-
-    Two rows in five have none; theirs are the only passages that may be negatives.
-    """
-    rng = np.random.default_rng(seed)
-    rows = []
-    for i in range(n):
-        asked, title, *others = rng.choice(NOUNS, size=5, replace=False).tolist()
-        sentences = [f"The {noun} was in {rng.choice(PLACES)} long ago. " for noun in others]
-        evidence = []
-        if i % 5 > 1:
-            at = int(rng.integers(3))
-            sentences[at] = f"The {asked} is in {rng.choice(PLACES)} today. "
-            start = sum(map(len, sentences[:at]))
-            evidence = [[start, start + len(sentences[at])]]
-        rows.append(
-            {
-                "question": f"Where is the {asked}?",
-                "title": f"{title} {i}",
-                "passage": "".join(sentences),
-                "evidence": evidence,
-                "answers": ["today"],
-            }
-        )
-    return rows
-
-
-def write_rows(file: Path, rows: Sequence[Any]) -> Path:
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return file
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> str:
     return build_encoder(tmp_path_factory.mktemp("base") / "encoder")
@@ -130,212 +59,7 @@ def train_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_rows(tmp_path_factory.mktemp("rows") / "train.jsonl", toy_rows(40))
 
 
-# --------------------------------------------------------------------------------------- rows
-
-GOOD = {"question": "Where?", "passage": "In Rome. Or not.", "evidence": [[0, 9]]}
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        ({"question": ...}, "has no 'question'"),
-        ({"passage": ...}, "has no 'passage'"),
-        ({"evidence": ...}, "has no 'evidence'"),
-        ({"question": "  "}, "must have text as 'question', got '  '"),
-        ({"question": 7}, "must have text as 'question', got 7"),
-        ({"passage": ""}, "must have text as 'passage'"),
-        ({"evidence": {"start": 0}}, "must have a list as 'evidence'"),
-        ({"evidence": [[0, 17]]}, r"the evidence \[0, 17\], which is no span of its 16 char"),
-        ({"evidence": [[-1, 5]]}, r"the evidence \[-1, 5\], which is no span"),
-        ({"evidence": [[9, 3]]}, r"the evidence \[9, 3\], which is no span"),
-        ({"evidence": [[3, 3]]}, r"the evidence \[3, 3\], which is no span"),
-        ({"evidence": [[0, 9], [1.0, 9]]}, r"the evidence \[1.0, 9\], which is not \[start, end\]"),
-        ({"evidence": [[True, 9]]}, r"the evidence \[True, 9\], which is not"),
-        ({"evidence": [["0", "9"]]}, r"which is not \[start, end\]"),
-        ({"evidence": [[0, 4, 9]]}, r"which is not \[start, end\]"),
-        ({"evidence": ["In Rome."]}, r"the evidence 'In Rome.', which is not \[start, end\]"),
-        ({"title": 3}, "must have text or null as 'title', got 3"),
-        ({"answers": "Rome"}, "must have a list of texts as 'answers', got 'Rome'"),
-        ({"answers": [""]}, "must have a list of texts as 'answers'"),
-        ({"weight": -1}, "must have a number of at least 0 as 'weight', got -1"),
-        ({"weight": "2"}, "must have a number of at least 0 as 'weight', got '2'"),
-        ({"weight": float("nan")}, "must have a number of at least 0 as 'weight', got nan"),
-    ],
-)
-def test_a_bad_row_is_named_with_its_line(
-    tmp_path: Path, change: dict[str, Any], said: str
-) -> None:
-    bad = {key: value for key, value in {**GOOD, **change}.items() if value is not ...}
-    file = write_rows(tmp_path / "rows.jsonl", [GOOD, bad])
-    with pytest.raises(InputError, match=rf"rows\.jsonl', line 2 .*{said}.* A training row has"):
-        read_rows(file, tokenizer())
-
-
-def test_files_without_rows(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="holds no training rows: give one JSON object a line"):
-        labelled_rows(write_rows(tmp_path / "empty.jsonl", []))
-    with pytest.raises(InputError, match=r"Cannot read '.*absent\.jsonl'"):
-        labelled_rows(tmp_path / "absent.jsonl")
-    (tmp_path / "broken.jsonl").write_text(json.dumps(GOOD) + '\n{"question"')
-    with pytest.raises(InputError, match="line 2 is not valid JSON"):
-        labelled_rows(tmp_path / "broken.jsonl")
-
-
-def test_a_row_is_read_whole(tmp_path: Path) -> None:
-    given = {**GOOD, "title": "Rome", "answers": ["Rome"], "weight": 2, "more": "ignored"}
-    rows = read_rows(write_rows(tmp_path / "rows.jsonl", [GOOD, given]), tokenizer())
-    assert [row.weight for row in rows] == [1.0, 2.0]
-    assert [row.title for row in rows] == [None, "Rome"]
-    assert [row.answers for row in rows] == [(), ("Rome",)]
-    assert [row.answered for row in rows] == [True, True]
-    assert rows[0].labels.tolist() == [1, 0]
-    assert rows[0].tokens.sentence.tolist() == [0, 0, 0, 1, 1, 1]
-
-
-def test_sentence_labels() -> None:
-    passage = "Born in Rome. Died in Oslo. Rome was big. No city at all. Yes."
-    sentences = split(passage)
-    assert len(sentences) == 5
-    labels = sentence_labels(passage, sentences, [[14, 27]], ["Rome", "yes", "at"])
-    # Whoever wrote the labels did not mark what else names Rome; short answers are everywhere.
-    assert labels.tolist() == [IGNORED, 1, IGNORED, 0, 0]
-    assert sentence_labels(passage, sentences, [], []).tolist() == [0] * 5
-    # Half a sentence is evidence enough, a touch is not.
-    assert sentence_labels(passage, sentences, [[7, 16]], []).tolist() == [1, 0, 0, 0, 0]
-
-
-def test_hard_negatives_look_right_and_do_not_answer(tmp_path: Path) -> None:
-    def row(question: str, title: str | None, passage: str, answered: bool) -> dict[str, Any]:
-        evidence = [[0, len(passage)]] if answered else []
-        return {
-            "question": question,
-            "title": title,
-            "passage": passage,
-            "evidence": evidence,
-            "answers": ["berlin"],
-        }
-
-    rows = [
-        row("Where is the cat?", "cat", "The cat is in berlin.", True),
-        row("Where is the cat?", "cats", "Them saw a long stone.", False),  # its own, unanswered
-        row("Where is the dog?", "cat", "The cat was a king.", True),  # of the same title
-        row("Where is the bird?", "bird", "The cat saw berlin.", True),  # holds an answer
-        row("Where is the tree?", "tree", "The cat is a tree.", True),
-        row("Where is the lake?", None, "The lake is a cat.", True),
-        row("Where is the boat?", None, "The cat is in berlin.", True),  # the same passage
-    ]
-    read = read_rows(write_rows(tmp_path / "rows.jsonl", rows), tokenizer())
-    negatives = hard_negatives(read, per_question=4)
-    assert negatives[0][0] == 1
-    assert set(negatives[0]) == {1, 4, 5}
-    assert hard_negatives(read, per_question=1)[0] == [1]
-    for row_read, found in zip(read, negatives, strict=True):
-        for other in (read[i] for i in found):
-            assert other.passage != row_read.passage
-            own = other.question == row_read.question and not other.answered
-            assert own or row_read.title is None or other.title != row_read.title
-            assert own or "berlin" not in other.passage
-
-
-# -------------------------------------------------------------------------------------- pieces
-
-
-@st.composite
-def long_rows(draw_: st.DrawFn) -> dict[str, Any]:
-    numbers = st.integers(0, len(WORDS) - 1)
-    sentences = draw_(st.lists(st.lists(numbers, min_size=2, max_size=12), min_size=1, max_size=15))
-    texts = [" ".join(WORDS[i] for i in words).capitalize() + ". " for words in sentences]
-    ends = np.cumsum([len(text) for text in texts]).tolist()
-    marked = draw_(st.sets(st.integers(0, len(texts) - 1), max_size=3))
-    return {
-        "question": "Where?",
-        "title": draw_(st.sampled_from([None, "the cat"])),
-        "passage": "".join(texts),
-        "evidence": [[ends[i] - len(texts[i]), ends[i]] for i in sorted(marked)],
-    }
-
-
-def read_row(given: dict[str, Any], folder: Path) -> Row:
-    [row] = read_rows(write_rows(folder / "row.jsonl", [given]), tokenizer())
-    return row
-
-
-@settings(deadline=None)
-@given(given_row=long_rows(), seed=st.integers(0, 99), room=st.integers(20, 60))
-def test_a_piece_is_a_window_that_keeps_evidence(
-    tmp_path_factory: pytest.TempPathFactory, given_row: dict[str, Any], seed: int, room: int
-) -> None:
-    row = read_row(given_row, tmp_path_factory.getbasetemp())
-    cut = piece(row, room, np.random.default_rng(seed), title_rate=0.5, as_negative=False)
-    ids, sentence = row.tokens.ids, row.tokens.sentence
-    n = len(cut.ids)
-    assert cut.title_ids in ([], row.title_ids)
-    assert n == min(len(ids), room - (len(cut.title_ids) + 1 if cut.title_ids else 0))
-    starts = [
-        s
-        for s in range(len(ids) - n + 1)
-        if ids[s : s + n].tolist() == cut.ids
-        and (sentence[s : s + n] - sentence[s]).tolist() == cut.sentence.tolist()
-    ]
-    assert starts
-    assert len(cut.labels) == cut.sentence[-1] + 1
-    if len(starts) > 1:  # a passage that repeats itself; which part it is cannot be seen
-        return
-    start, end = starts[0], starts[0] + n
-    low = sentence[start]
-    labels = row.labels[low : low + len(cut.labels)]
-    first_tokens = [np.flatnonzero(sentence == s)[0] for s in np.flatnonzero(row.labels == 1)]
-    if first_tokens and max(first_tokens) < len(ids) - n // 2:  # see the expected failure below
-        assert any(start <= first < end for first in first_tokens)
-    if end < len(ids) and sentence[end] == sentence[end - 1]:
-        # What is cut short and should be kept is neither rewarded nor punished.
-        assert cut.labels[-1] == (IGNORED if labels[-1] == 1 else labels[-1])
-        assert cut.labels[:-1].tolist() == labels[:-1].tolist()
-    else:
-        assert cut.labels.tolist() == labels.tolist()
-    negative = piece(row, room, np.random.default_rng(seed), title_rate=0.5, as_negative=True)
-    assert negative.ids == cut.ids
-    assert not negative.labels.any()
-
-
-def long_row(noun: str, folder: Path) -> Row:
-    """Twenty sentences of six tokens each, all different; the one with `noun` is the evidence."""
-    passage = "".join(f"The {other} was in rome. " for other in NOUNS)
-    start = passage.index(f"The {noun}")
-    evidence = [[start, start + len(f"The {noun} was in rome. ")]]
-    return read_row({**GOOD, "passage": passage, "evidence": evidence}, folder)
-
-
-def test_a_piece_begins_at_a_sentence_where_one_is_within_reach(tmp_path: Path) -> None:
-    row = long_row("apple", tmp_path)  # the eleventh: its first token is number 60
-    ids = row.tokens.ids.tolist()
-    starts = set()
-    for seed in range(60):
-        cut = piece(row, 40, np.random.default_rng(seed), title_rate=1, as_negative=False)
-        (start,) = (s for s in range(len(ids)) if ids[s : s + 40] == cut.ids)
-        assert start % 6 == 0 or start == 60 - 40 // 2
-        assert start <= 60
-        assert (cut.labels == 1).sum() + (cut.labels == IGNORED).sum() == 1
-        starts.add(start)
-    assert starts == {40, 42, 48, 54, 60}
-    whole = piece(row, 500, np.random.default_rng(0), title_rate=1, as_negative=False)
-    assert whole.ids == ids
-    assert whole.labels.tolist() == row.labels.tolist()
-
-
-@pytest.mark.xfail(
-    strict=True,
-    reason="Evidence in the last half window of a long passage may be left out. The bundled pruner "
-    "was trained so; `piece` may count from the evidence instead when it is trained again.",
-)
-def test_a_piece_keeps_evidence_at_the_end_of_a_long_passage(tmp_path: Path) -> None:
-    row = long_row("piano", tmp_path)
-    for seed in range(60):
-        cut = piece(row, 40, np.random.default_rng(seed), title_rate=1, as_negative=False)
-        assert 1 in cut.labels.tolist() or IGNORED in cut.labels.tolist()
-
-
-# ------------------------------------------------------------------------------------- recipe
+# ------------------------------------------------------------------------------------------ recipe
 
 
 @pytest.mark.parametrize(
@@ -386,7 +110,7 @@ def test_the_learning_rate_rises_and_falls_in_each_stage() -> None:
 def test_a_step_is_drawn_from_seed_and_number_alone(train_file: Path) -> None:
     rows = [
         replace(row, weight=0.0 if i < 10 else 1.0)
-        for i, row in enumerate(read_rows(train_file, tokenizer()))
+        for i, row in enumerate(read_rows(train_file, toy_tokenizer()))
     ]
     negatives = hard_negatives(rows)
     config = TrainConfig(questions=16, max_tokens=128)
@@ -403,7 +127,8 @@ def test_a_step_is_drawn_from_seed_and_number_alone(train_file: Path) -> None:
     assert drawn(config, 5) != drawn(replace(config, seed=1), 5)
 
 
-# ----------------------------------------------------------------------------------- training
+# ---------------------------------------------------------------------------------------- training
+
 
 TOY = TrainConfig(
     steps=60,
@@ -558,7 +283,9 @@ def test_what_is_wrong_is_said_before_the_training(
         train(SHORT, train_file, "no/such", tmp_path / "run")
     with pytest.raises(UnknownName, match="Did you mean 'late'"):
         train(SHORT, train_file, base, tmp_path / "run", method="lat")  # type: ignore[arg-type]
-    few = write_rows(tmp_path / "few.jsonl", [GOOD] * 7 + [{**GOOD, "weight": 0}] * 9)
+    few = write_rows(
+        tmp_path / "few.jsonl", toy_rows(7) + [{**r, "weight": 0} for r in toy_rows(9)]
+    )
     with pytest.raises(InputError, match="draws 8 questions, and only 7 rows have a weight"):
         train(SHORT, few, base, tmp_path / "run")
     assert not any(path.is_file() for path in (tmp_path / "run").rglob("*"))
@@ -609,86 +336,6 @@ def test_the_command_line(
     assert "goes on from the last checkpoint" in capsys.readouterr().err
 
 
-# --------------------------------------------------------------------------------- calibration
-
-
-class Fixed:
-    """An engine whose logits are given: one list for each passage in turn."""
-
-    def __init__(self, logits: Sequence[Sequence[float]]) -> None:
-        self.given = logits
-
-    def logits(self, requests: Sequence[Any]) -> list[list[tuple[Any, float]]]:
-        given = iter(self.given)
-        return [[(np.array(next(given)), 0.0) for _ in r.passages] for r in requests]
-
-
-TEXT = "One. Two. Three. Four. Five."
-MARKED = ((0, 5), (5, 10), (10, 17), (17, 23))  # all but the last sentence
-FIVE = Task("Q?", ({"text": TEXT}, {"text": "One. Two."}), 0, MARKED, ())
-
-
-@pytest.mark.parametrize(
-    ("recall", "kept"), [(1.0, 4), (0.8, 4), (0.75, 3), (0.5, 2), (0.3, 2), (0.01, 1)]
-)
-def test_the_default_threshold_keeps_the_stated_share(recall: float, kept: int) -> None:
-    own = [3.0, 1.0, -1.0, -2.0, -4.0]
-    engine: Any = Fixed([own, [-3.0, -5.0]])
-    calibration = calibrate(engine, [FIVE], recall)
-    assert calibration.scale > 0
-    probability = calibration(np.array(own))
-    assert (probability[:4] >= DEFAULT_THRESHOLD).sum() == kept
-    assert probability[kept - 1] == pytest.approx(DEFAULT_THRESHOLD, abs=1e-4)
-
-
-def test_calibration_does_not_depend_on_the_logits_scale() -> None:
-    own, other = np.array([3.0, 1.0, -3.5, -1.0, -2.0]), np.array([-3.0, 2.0])
-    plain: Any = Fixed([own.tolist(), other.tolist()])
-    wide: Any = Fixed([(5 * own + 7).tolist(), (5 * other + 7).tolist()])
-    a, b = calibrate(plain, [FIVE]), calibrate(wide, [FIVE])
-    assert a(own) == pytest.approx(b(5 * own + 7), abs=1e-3)
-
-
-def test_sentences_without_a_token_do_not_spoil_the_calibration() -> None:
-    engine: Any = Fixed([[3.0, 1.0, -1.0, -2.0, -np.inf], [-np.inf, -5.0]])
-    calibration = calibrate(engine, [FIVE])
-    assert np.isfinite([calibration.scale, calibration.shift]).all()
-
-
-def test_nothing_to_calibrate_on() -> None:
-    engine: Any = Fixed([[1.0] * 5, [1.0] * 2])
-    for tasks in ([], [replace(FIVE, evidence=())]):
-        with pytest.raises(InputError, match="have no evidence sentence: give rows with some"):
-            calibrate(engine, tasks)
-
-
-# --------------------------------------------------------------------------------- checkpoints
-
-
-def test_int8_rows_are_within_half_a_step(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    exact = load(tiny_checkpoint)
-    save(tmp_path / "int8", exact.model, exact.tokenizer, exact.settings, int8=True)
-    stored = load_file(tmp_path / "int8" / "model.safetensors")
-    rounded = load(tmp_path / "int8").model.classifier.state_dict()
-    checked = 0
-    for name, value in exact.model.classifier.state_dict().items():
-        if (scale := stored.get(f"{name}.scale")) is None:
-            assert torch.equal(value, rounded[name])
-            continue
-        checked += 1
-        assert stored[name].dtype == torch.int8
-        assert scale.shape == value.shape[:1]
-        off = (value - rounded[name]).abs().amax(1)
-        assert (off <= scale / 2 * (1 + 1e-5)).all()
-        assert torch.equal(value.abs().amax(1).round(decimals=4), (scale * 127).round(decimals=4))
-    assert checked > 10
-    full, small = (
-        sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-        for folder in (tiny_checkpoint, tmp_path / "int8")
-    )
-    assert small < 0.5 * full
-
-
 def test_int8_moves_scores_little(trained: Path, tmp_path: Path) -> None:
     exact = load(trained / "run" / "model")
     settings = Settings(exact.settings.window)  # the toy's calibration is nearly a step
@@ -705,15 +352,6 @@ def test_int8_moves_scores_little(trained: Path, tmp_path: Path) -> None:
         assert moved.mean() < 0.01
 
 
-def test_a_matrix_of_zeros_survives_int8(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    checkpoint = load(tiny_checkpoint)
-    with torch.no_grad():
-        next(checkpoint.model.classifier.bert.encoder.layer.parameters()).zero_()
-    save(tmp_path / "int8", checkpoint.model, checkpoint.tokenizer, checkpoint.settings, int8=True)
-    again = load(tmp_path / "int8")
-    assert not next(again.model.classifier.bert.encoder.layer.parameters()).any()
-
-
 def test_the_folder_is_a_stock_token_classifier(trained: Path) -> None:
     folder = trained / "run" / "model"
     ours = load(folder)
@@ -726,24 +364,3 @@ def test_the_folder_is_a_stock_token_classifier(trained: Path) -> None:
         assert torch.equal(
             stock(input_ids=ids, attention_mask=mask).logits, ours.model.joint(ids, mask)
         )
-
-
-def test_a_folder_in_use_is_not_replaced_unless_asked(
-    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    checkpoint = load(tiny_checkpoint)
-    parts = (checkpoint.model, checkpoint.tokenizer, checkpoint.settings)
-    folder = tmp_path / "pruner"
-    save(folder, *parts)
-    with pytest.raises(InputError, match="must be new or empty"):
-        save(folder, *parts)
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
-
-    def full(*_: Any, **__: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("rag_prune.context.checkpoints.save_file", full)
-    with pytest.raises(OSError, match="No space"):
-        save(folder, *parts, overwrite=True)
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
-    assert list(tmp_path.iterdir()) == [folder]

@@ -1,0 +1,39 @@
+"""Importing the packages is light, and the public names are there."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rag_prune import METHODS
+
+ROOT = Path(__file__).parents[2]
+HEAVY = ("torch", "transformers", "sklearn", "scipy", "vllm", "langchain_core", "jinja2")
+
+
+def test_importing_the_packages_is_light_and_fast():
+    names = ["prune_core", "rag_prune", "data_prune", "model_prune"]
+    packages = [name for name in names if (ROOT / name / "__init__.py").is_file()]
+    assert packages[:2] == names[:2]
+    code = (
+        f"import sys, time; started = time.process_time(); import {', '.join(packages)}; "
+        "print(time.process_time() - started); print(*sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    seconds, modules = done.stdout.splitlines()
+    assert not set(HEAVY) & set(modules.split())
+    assert float(seconds) < 0.3
+
+
+def test_the_public_names_are_there():
+    import rag_prune
+
+    for name in rag_prune.__all__:
+        assert getattr(rag_prune, name) is not None
+    assert dir(rag_prune) == sorted(rag_prune.__all__)
+    with pytest.raises(AttributeError, match=r"module 'rag_prune' has no attribute 'ContextPrune'"):
+        _ = rag_prune.ContextPrune
+    assert {"provence", "late", "bm25", "lead", "random", "keep_all"} <= set(METHODS.names)
