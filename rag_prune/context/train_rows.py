@@ -188,8 +188,10 @@ def piece(
         anchor = int(rng.choice(evidence)) if len(evidence) else int(rng.integers(len(row.labels)))
         where = np.flatnonzero(tokens.sentence == anchor)
         first = int(where[0]) if len(where) else 0
-        earliest = max(0, min(first, n - room) - room // 2)
-        start = int(rng.integers(earliest, min(first, n - room) + 1))
+        # At most half the window lies before the anchor, so that what follows it is read too.
+        latest = min(first, n - room)
+        earliest = max(0, min(latest, first - room // 2))
+        start = int(rng.integers(earliest, latest + 1))
         # Begin at a sentence where one begins within reach, so that whole ones carry the labels.
         while start > earliest and tokens.sentence[start - 1] == tokens.sentence[start]:
             start -= 1
