@@ -238,13 +238,15 @@ def normalise_answer(text: str) -> list[str]:
 
 def exact_match(answer: str, accepted: Sequence[str]) -> float:
     """1.0 when the answer equals an accepted one."""
-    return float(any(normalise_answer(answer) == normalise_answer(a) for a in accepted))
+    words = normalise_answer(answer)
+    return float(bool(words) and any(words == normalise_answer(a) for a in accepted))
 
 
 def contains(answer: str, accepted: Sequence[str]) -> float:
     """1.0 when an accepted answer occurs in the answer, word for word."""
     words = f" {' '.join(normalise_answer(answer))} "
-    return float(any(f" {' '.join(normalise_answer(a))} " in words for a in accepted))
+    wanted = (" ".join(normalise_answer(a)) for a in accepted)
+    return float(any(f" {a} " in words for a in wanted if a))
 
 
 def token_f1(answer: str, accepted: Sequence[str]) -> float:

@@ -289,6 +289,7 @@ def test_nothing_to_compare_on() -> None:
         ("U.S.", ["US"], 1, 1, 1),
         ("", ["Paris"], 0, 0, 0),
         ("Paris", [], 0, 0, 0),
+        ("...", ["{{"], 0, 0, 0),  # nothing is left of either to compare
     ],
 )
 def test_answers_are_compared_as_squad_does(
