@@ -11,7 +11,8 @@ Cost: at index time one pass a window of each passage; for a question one pass a
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import threading
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -28,6 +29,8 @@ from rag_prune.context.result import Passage, PassageLike, Request
 from rag_prune.context.sentences import SPLITTER
 from rag_prune.context.windows import encode_plain, tokenise
 
+RECENT_BYTES = 256 * 2**20  # of passages that came with a question; a server meets ever new ones
+
 
 @dataclass(frozen=True, eq=False)
 class Vectors:
@@ -36,22 +39,33 @@ class Vectors:
     sentences: Floats
     whole: Floats
 
+    @property
+    def nbytes(self) -> int:
+        return self.sentences.nbytes + self.whole.nbytes
+
 
 class Late(Engine):
-    """Scores requests from vectors of their passages, which it keeps.
+    """Scores requests from vectors of their passages.
 
-    Vectors are found again by a hash of text, title, weights and splitter, so they are never stale.
+    Vectors of passages given to `index` are kept for good, those of other passages until
+    `RECENT_BYTES` of later ones have come. They are found again by a hash of text, title, weights
+    and splitter, so they are never stale.
     """
 
     name = "late"
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         super().__init__(checkpoint)
-        self._vectors: dict[str, Vectors] = {}
+        self._indexed: dict[str, Vectors] = {}
+        self._recent: dict[str, Vectors] = {}  # the one used last comes last
+        self._recent_lock = threading.Lock()
 
     def logits(self, requests: Sequence[Request]) -> list[list[tuple[Floats, float]]]:
         passages = [p for request in requests for p in request.passages]
-        vectors = iter(self._read(passages))
+        keys = [self._key(p) for p in passages]
+        read = self._read(dict(zip(keys, passages, strict=True)))
+        self._remember(read)
+        vectors = iter([read[key] for key in keys])
         weights = self.checkpoint.model.late.detach().double().cpu().numpy()
         out = []
         for question, request in zip(self._questions(requests), requests, strict=True):
@@ -70,20 +84,31 @@ class Late(Engine):
 
     def index(self, passages: Sequence[PassageLike]) -> None:
         """Encode passages ahead of the questions, which then cost one short pass each."""
-        self._read([Passage.read(p, i) for i, p in enumerate(passages)])
+        read = [Passage.read(p, i) for i, p in enumerate(passages)]
+        self._indexed |= self._read({self._key(p): p for p in read})
 
-    def _read(self, passages: Sequence[Passage]) -> list[Vectors]:
-        """Vectors of passages; those not seen before are encoded."""
-        keys = [self._key(p) for p in passages]
-        fresh = {k: p for k, p in zip(keys, passages, strict=True) if k not in self._vectors}
-        self._vectors |= zip(fresh, self._encode(list(fresh.values())), strict=True)
-        return [self._vectors[key] for key in keys]
+    def _read(self, passages: Mapping[str, Passage]) -> dict[str, Vectors]:
+        """Vectors of passages, by key; those not known are encoded."""
+        known = {key: self._indexed.get(key) or self._recent.get(key) for key in passages}
+        fresh = [key for key, vectors in known.items() if vectors is None]
+        encoded = zip(fresh, self._encode([passages[key] for key in fresh]), strict=True)
+        return {key: vectors for key, vectors in known.items() if vectors} | dict(encoded)
+
+    def _remember(self, read: Mapping[str, Vectors]) -> None:
+        with self._recent_lock:
+            for key, vectors in read.items():
+                self._recent.pop(key, None)
+                if key not in self._indexed:
+                    self._recent[key] = vectors
+            excess = sum(v.nbytes for v in self._recent.values()) - RECENT_BYTES
+            while excess > 0:
+                excess -= self._recent.pop(next(iter(self._recent))).nbytes
 
     def save_index(self, file: StrPath) -> None:
-        """Write all vectors, in half precision, as one safetensors file, whole or not at all."""
+        """Write the indexed vectors, in half precision, as one safetensors file, or none of it."""
         tensors = {
             key: np.vstack([v.sentences, v.whole]).astype(np.float16)
-            for key, v in self._vectors.items()
+            for key, v in self._indexed.items()
         }
         with atomic_write(file, "wb") as out:
             out.write(save(tensors, {"model": self.checkpoint.fingerprint, "splitter": SPLITTER}))
@@ -101,7 +126,7 @@ class Late(Engine):
             ) from error
         for key, stacked in stored.items():
             unit = _unit(stacked.astype(np.float64))
-            self._vectors[key] = Vectors(unit[:-1], unit[-1])
+            self._indexed[key] = Vectors(unit[:-1], unit[-1])
 
     def _key(self, passage: Passage) -> str:
         parts = (self.checkpoint.fingerprint, SPLITTER, passage.title or "", passage.text)

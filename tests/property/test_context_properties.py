@@ -126,7 +126,7 @@ def test_alone_and_in_a_batch_are_the_same(pruner, many, budget):
     together = pruner.prune_many(many, **budget)
     for (question, given_passages), in_batch in zip(many, together, strict=True):
         late = getattr(pruner.scorer, "late", pruner.scorer)
-        getattr(late, "_vectors", {}).clear()  # or the second answer would be read from the first
+        getattr(late, "_recent", {}).clear()  # or the second answer would be read from the first
         alone = pruner.prune(question, given_passages, **budget)
         np.testing.assert_allclose(scores(in_batch), scores(alone), atol=1e-5)
         assert [d[:2] for d in decisions(in_batch)] == [d[:2] for d in decisions(alone)]

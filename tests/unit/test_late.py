@@ -35,10 +35,27 @@ def test_indexed_passages_are_not_read_again(late):
     assert len(late.rows) == 5
 
 
+def test_passages_that_are_not_indexed_are_forgotten_in_the_order_of_their_last_use(
+    late, monkeypatch
+):
+    late.scorer.index([PASSAGES[0]])
+    monkeypatch.setattr("rag_prune.context.late.RECENT_BYTES", 2 * (1 + 1) * 32 * 8)  # two of one
+    first, second, third = "Radium glows.", "It is old.", "Paris is far."
+    for passage in (PASSAGES[0], first, second, first, third):
+        late.prune(QUESTION, [passage])
+    late.rows.clear()
+    late.prune(QUESTION, [PASSAGES[0], first, third])
+    assert len(late.rows) == 1  # the question
+    late.prune(QUESTION, [second])
+    assert len(late.rows) == 3
+    late.prune(QUESTION, ["One. Two. Three. Four. Five. Six."])  # more than there is room for
+    assert not late.scorer._recent
+
+
 def test_a_saved_index_gives_the_same_scores_without_a_second_pass(late, tiny_pruners, tmp_path):
     late.scorer.index([*PASSAGES, "", " "])
     late.scorer.save_index(tmp_path / "sub" / "corpus.safetensors")
-    late.scorer._vectors.clear()
+    late.scorer._indexed.clear()
     late.rows.clear()
     late.scorer.load_index(tmp_path / "sub" / "corpus.safetensors")
     stored = late.scorer.score([_request([*PASSAGES, "", " "])])[0]
