@@ -116,19 +116,20 @@ def answers() -> str:
             name,
             with_interval(c["f1"]),
             with_interval(c["contains"]),
-            with_interval(c["exact_match"]),
-            f"{c['prompt_tokens']['value']:.0f}",
+            f"{c['context_tokens']['value']:.0f}",
             f"{c['seconds']['value']:.2f}",
             f"{c['answer_in_context']['value']:.2f}",
         ]
         for name, c in report["contexts"].items()
     ]
+    gain = report["pruned_over_full"]
+    columns = ("f1", "contains", "context_tokens", "seconds")
+    rows.append(["pruned / full", *(with_interval(gain[c], digits=2) for c in columns), ""])
     head = [
         f"n = {report['questions']}, with 95 % intervals",
         "token F1",
         "answer in the output",
-        "exact match",
-        "prompt tokens",
+        "context tokens",
         "seconds",
         "answer in the context",
     ]

@@ -64,6 +64,8 @@ def context(
     shortened, with `relevance_score` and `kept_spans`. Without it each line is a request
     {"question": …, "passages": […]}, and each answer is the whole result as one line.
     """
+    from tqdm.auto import tqdm
+
     from rag_prune import ContextPruner
 
     options: dict[str, Any] = {"threshold": threshold, "keep_ratio": keep_ratio, "top_k": top_k}
@@ -71,7 +73,9 @@ def context(
     with _reader(source) as lines, _writer(out) as write:
         if question is None:
             pruner = ContextPruner.from_pretrained(model, method=method)
-            for result in pruner.stream(_requests(lines), **options):
+            results = pruner.stream(_requests(lines), **options)
+            # Only on a terminal: a log wants the errors and nothing else.
+            for result in tqdm(results, desc="pruning", unit=" requests", disable=None):
                 whole = result.to_dict()
                 write(whole)
                 if html:

@@ -1,10 +1,11 @@
-"""Do answers get better? A real 135M model on held-back questions, from five kinds of context.
+"""Do answers get better? A real 135M model on held-back questions, from six kinds of context.
 
     python benchmarks/context/answers.py --dev runs/context/dev.jsonl [--pruner FOLDER]
 
 Five passages a question, one of which answers. `full`: as given; `reranked`: best passage first;
-`pruned`: the default threshold; `random`: random sentences of the same size, question by question;
-`none`: no context. Larger models gain less: they are less easily distracted.
+`pruned`: the default threshold; `pruned at 0.5`: sentences more likely to help than not; `random`:
+random sentences of the same size as `pruned`, question by question; `none`: no context. Each
+question is answered from all of them in turn, so that seconds compare on a noisy machine.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from pipelines.small_model import small_model
 from prune_core.provenance import provenance
 from prune_core.storage import read_jsonl, write_json
 from rag_prune import ContextPruner
-from rag_prune.context.evaluate import answer_quality, build_tasks, mean_interval
+from rag_prune.context.evaluate import answer_quality, build_tasks, mean_interval, ratio_interval
 
 HERE = Path(__file__).parent / "results"
 
@@ -43,6 +44,7 @@ def main() -> None:
             joined([p.passage for p in sorted(r.passages, key=lambda p: p.rank)]) for r in pruned
         ],
         "pruned": [r.text for r in pruned],
+        "pruned at 0.5": [r.recut(threshold=0.5).text for r in pruned],
         "random": [
             dice.prune(t.question, t.passages, keep_ratio=r.keep_ratio).text
             for t, r in zip(tasks, pruned, strict=True)
@@ -55,17 +57,37 @@ def main() -> None:
         done = model.complete(messages(question, context), 24)
         return done.text, done.prompt_tokens, done.seconds
 
+    figures = answer_quality(
+        [texts[i] for i in range(len(tasks)) for texts in contexts.values()],
+        [task for task in tasks for _ in contexts],
+        generate,
+        progress="answering",
+    )
+    own = {
+        name: {figure: values[i :: len(contexts)] for figure, values in figures.items()}
+        for i, name in enumerate(contexts)
+    }
     report = {}
     for name, texts in contexts.items():
-        figures = answer_quality(texts, tasks, generate, progress=name)
-        report[name] = {k: mean_interval(v) for k, v in figures.items()}
         held = [any(a in text for a in t.answers) for t, text in zip(tasks, texts, strict=True)]
-        report[name]["answer_in_context"] = mean_interval(np.array(held, dtype=float))
-        print(name, {k: v["value"] for k, v in report[name].items()}, flush=True)
+        own[name]["answer_in_context"] = np.array(held, dtype=float)
+        # What the prompt holds besides question and instruction is the context.
+        own[name]["context_tokens"] = own[name]["prompt_tokens"] - own["none"]["prompt_tokens"]
+        report[name] = {figure: mean_interval(values) for figure, values in own[name].items()}
+    gain = {
+        figure: ratio_interval(own["pruned"][figure], own["full"][figure])
+        for figure in ("f1", "contains", "context_tokens", "seconds")
+    }
+    print(gain)
     args.out.mkdir(parents=True, exist_ok=True)
     write_json(
         args.out / "answers.json",
-        {"questions": len(tasks), "contexts": report, "provenance": provenance()},
+        {
+            "questions": len(tasks),
+            "contexts": report,
+            "pruned_over_full": gain,
+            "provenance": provenance(),
+        },
     )
 
 

@@ -301,6 +301,16 @@ def mean_interval(values: np.ndarray, resamples: int = 1000, seed: int = 0) -> d
     return _with_interval(float(values.mean()), means)
 
 
+def ratio_interval(
+    values: np.ndarray, baseline: np.ndarray, resamples: int = 1000, seed: int = 0
+) -> dict[str, Any]:
+    """Ratio of two means over the same questions and its 95 % bootstrap interval."""
+    rng = np.random.default_rng(seed)
+    drawn = rng.integers(len(values), size=(resamples, len(values)))
+    ratios = values[drawn].mean(axis=1) / baseline[drawn].mean(axis=1)
+    return _with_interval(float(values.mean() / baseline.mean()), ratios)
+
+
 def _with_interval(value: float, resampled: Sequence[float] | np.ndarray) -> dict[str, Any]:
     """A figure and the middle 95 % of its resampled values."""
     bounds = np.quantile(resampled, [0.025, 0.975])

@@ -23,6 +23,7 @@ from rag_prune.context.evaluate import (
     flatten,
     mean_interval,
     measure,
+    ratio_interval,
     score_tasks,
     token_f1,
 )
@@ -323,3 +324,12 @@ def test_mean_interval() -> None:
     assert figure["value"] == 0.5
     assert 0.35 < figure["interval"][0] < 0.45
     assert 0.55 < figure["interval"][1] < 0.65
+
+
+def test_the_interval_of_a_ratio_is_over_questions_answered_both_ways() -> None:
+    """What both share cancels: a pair that always differs by a half leaves no doubt."""
+    baseline = np.array([1.0, 5.0] * 50)
+    assert ratio_interval(1.5 * baseline, baseline) == {"value": 1.5, "interval": [1.5, 1.5]}
+    figure = ratio_interval(baseline, baseline[::-1])
+    assert figure["value"] == 1.0
+    assert figure["interval"][0] < 0.9 < 1.1 < figure["interval"][1]
