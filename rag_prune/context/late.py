@@ -63,9 +63,9 @@ class Late(Engine):
     def logits(self, requests: Sequence[Request]) -> list[list[tuple[Floats, float]]]:
         passages = [p for request in requests for p in request.passages]
         keys = [self._key(p) for p in passages]
-        read = self._read(dict(zip(keys, passages, strict=True)))
-        self._remember(read)
-        vectors = iter([read[key] for key in keys])
+        known = self._read(dict(zip(keys, passages, strict=True)))
+        self._remember(known)
+        vectors = iter([known[key] for key in keys])
         weights = self.checkpoint.model.late.detach().double().cpu().numpy()
         out = []
         for question, request in zip(self._questions(requests), requests, strict=True):
