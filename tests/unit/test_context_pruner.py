@@ -294,7 +294,7 @@ def test_each_token_of_a_long_passage_is_scored_once_in_its_place(tiny_checkpoin
     of_sentence = [tokens.ids[tokens.sentence == i] for i in range(len(passage.spans))]
     [[(keep, _)]] = cross.logits([request])
     np.testing.assert_allclose(keep, [ids.mean() for ids in of_sentence])
-    [vectors] = late._read([passage])
+    [vectors] = late._encode([passage])
     sums = np.stack([meaning[ids].double().sum(0).numpy() for ids in of_sentence])
     expected = sums / np.linalg.norm(sums, axis=1, keepdims=True)
     np.testing.assert_allclose(vectors.sentences, expected, atol=1e-6)
