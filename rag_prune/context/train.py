@@ -38,7 +38,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as to_bytes
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoModelForTokenClassification, AutoTokenizer
@@ -324,12 +324,8 @@ def _save_state(
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
     for i, moments in optimiser.state_dict()["state"].items():
         tensors |= {f"optimiser.{i}.{name}": value for name, value in moments.items()}
-    temporary = file.with_suffix(".tmp")
-    try:
-        save_file(tensors, temporary, {"step": str(step), "config": json.dumps(asdict(config))})
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_write(file, "wb") as out:
+        out.write(to_bytes(tensors, {"step": str(step), "config": json.dumps(asdict(config))}))
 
 
 def _resume(
