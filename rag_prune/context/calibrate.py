@@ -14,7 +14,7 @@ from scipy.optimize import minimize_scalar
 from prune_core.errors import InputError
 from rag_prune.context.checkpoints import Calibration
 from rag_prune.context.engine import Engine
-from rag_prune.context.evaluate import Task
+from rag_prune.context.evaluate import Task, least_kept
 from rag_prune.context.pruner import DEFAULT_THRESHOLD
 from rag_prune.context.result import Request
 from rag_prune.context.sentences import touched
@@ -38,8 +38,7 @@ def calibrate(engine: Engine, tasks: Sequence[Task], recall: float = 0.97) -> Ca
         raise InputError(
             "The tasks to calibrate on have no evidence sentence: give rows with some."
         )
-    evidence = np.sort(x[y])[::-1]
-    at = evidence[max(0, int(np.ceil(recall * len(evidence))) - 1)]
+    at = least_kept(x[y], recall)
     anchor = np.log(DEFAULT_THRESHOLD / (1 - DEFAULT_THRESHOLD))
 
     def loss(log_scale: float) -> float:
