@@ -8,7 +8,6 @@ its rows are detokenised, or a model would learn that spaces before commas mean 
 """
 
 import argparse
-import gzip
 import hashlib
 import json
 import re
@@ -16,7 +15,7 @@ from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 
-from prune_core.storage import atomic_write
+from prune_core.storage import atomic_write, read_jsonl
 from rag_prune.context.sentences import split
 
 # How often a row is drawn against a row of encyclopaedic text with one human evidence sentence.
@@ -41,8 +40,7 @@ DEV_SHARE = {"qed": 0.25, "nq": 0.15}  # the rest: 0.04
 
 
 def read(folder: Path, name: str) -> list[dict]:
-    with gzip.open(folder / f"{name}.jsonl.gz", "rt", encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+    return list(read_jsonl(folder / f"{name}.jsonl.gz"))
 
 
 def unit_hash(key: str) -> float:
