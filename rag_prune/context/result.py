@@ -332,7 +332,7 @@ class PrunedContext:
     def keep_ratio(self) -> float:
         """Share of the passages' characters that is kept; 1.0 when there were none."""
         total = sum(len(p.text) for p in self._request.passages)
-        kept = sum(end - start for p in self.passages for start, end in _kept_spans(p))
+        kept = sum(len(p.text) for p in self.passages)
         return kept / total if total else 1.0
 
     def tokens(self, tokenizer: Any) -> int:
@@ -394,10 +394,6 @@ def _barred(passages: Sequence[Passage], order: list[int], top_k: int | None) ->
         if top_k is not None and place > top_k:
             why[i] = f"relevance rank {place} is beyond top_k {top_k}"
     return why
-
-
-def _kept_spans(passage: PrunedPassage) -> list[Span]:
-    return [span for span, kept in zip(passage._spans, passage._kept, strict=True) if kept]
 
 
 def _sentence_dict(sentence: Sentence) -> dict[str, Any]:
