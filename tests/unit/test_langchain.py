@@ -16,7 +16,6 @@ from rag_prune.context.baselines import BM25
 from rag_prune.integrations.langchain import PruningCompressor
 
 ROOT = Path(__file__).parents[2]
-BUNDLED = ROOT / "rag_prune" / "context" / "default"
 QUESTION = "Who found radium?"
 
 
@@ -242,6 +241,5 @@ def test_the_example_runs(tiny_checkpoint):
     assert "Question: Who found radium?" in run_example(tiny_checkpoint)
 
 
-@pytest.mark.skipif(not BUNDLED.is_dir(), reason="the bundled pruner is not in this checkout")
 def test_the_example_finds_the_answer():
     assert "In 1898 she found radium together with Pierre Curie." in run_example()
