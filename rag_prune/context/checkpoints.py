@@ -6,7 +6,7 @@
 
 Only safetensors are read and no code that comes with a folder is ever run. In the int8 form a
 matrix `x` is stored as `x` (int8) and `x.scale` (float32, one number a row), so that value = int8 ·
-scale; docs/context-training.md has what that costs (nothing measurable).
+scale; docs/context-training.md has what that costs.
 """
 
 import hashlib
