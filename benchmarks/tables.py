@@ -68,7 +68,7 @@ def demo() -> str:
 
 def quality() -> str:
     groups = results("quality")["groups"]
-    easy, hard = groups["qed, random distractors"], groups["qed, hard distractors"]
+    easy, hard = groups["qed, random distractors"], groups["qed, bm25 distractors"]
     rows = [
         [
             f"`{name}`",
@@ -96,12 +96,14 @@ def quality_full() -> str:
             "compression",
             *(f"compression_at_{r}" for r in ("0.90", "0.95", "0.98")),
             "mrr",
+            "ece",
         ]
         rows = [
             [f"`{name}`", *(with_interval(m[n]) for n in names)]
             for name, m in group["methods"].items()
         ]
-        head = ["", "recall at 0.1", "dropped at 0.1", "dropped at .90", "at .95", "at .98", "MRR"]
+        head = ["", "recall at 0.1", "dropped at 0.1", "dropped at .90", "at .95", "at .98"]
+        head += ["MRR", "calibration error"]
         out.append(
             f"**{title}** (n = {group['tasks']}; an oracle drops {group['oracle']:.3f})\n\n"
             + table(head, rows)
