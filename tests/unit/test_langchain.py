@@ -68,7 +68,12 @@ def test_documents_come_back_cut_ranked_and_with_their_metadata(compressor, docu
     assert curie.id == "curie"
     assert curie.page_content == documents[1].page_content[15:52]
     score = curie.metadata.pop("relevance_score")
-    assert curie.metadata == {"title": "Curie", "pages": [3, 4], "kept_spans": [[15, 52]]}
+    assert curie.metadata == {
+        "title": "Curie",
+        "pages": [3, 4],
+        "kept_spans": [[15, 52]],
+        "keep_ratio": 37 / 71,
+    }
     assert 0 < score < best.metadata["relevance_score"] == 1
     assert documents == before
     assert not {id(d) for d in kept} & {id(d) for d in documents}
