@@ -54,7 +54,7 @@ class PruningRanker:
     ) -> None:
         self.model, self.method, self.device = model, method, device
         self.tokenizer = tokenizer
-        self.budget = {
+        self.budget: dict[str, Any] = {
             "threshold": threshold,
             "keep_ratio": keep_ratio,
             "max_tokens": max_tokens,
