@@ -24,7 +24,6 @@ DOCUMENTS = [
 TEMPLATE = "{% for d in documents %}{{ d.content }}\n\n{% endfor %}Question: {{ question }}"
 store = InMemoryDocumentStore()
 store.write_documents(DOCUMENTS)
-
 rag = Pipeline()
 rag.add_component("retriever", InMemoryBM25Retriever(store))
 rag.add_component("prune", PruningRanker(*sys.argv[1:]))
