@@ -40,6 +40,7 @@ def run_example(name, *arguments):
     return done.stdout
 
 
+@pytest.mark.slow  # as costly as the next one, and hardly different
 @pytest.mark.parametrize("name", ["langchain", "llama_index", "haystack"])
 def test_an_example_takes_a_checkpoint(name, tiny_checkpoint):
     assert "Who found radium?" in run_example(name, tiny_checkpoint)
