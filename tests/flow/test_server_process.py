@@ -38,7 +38,6 @@ def test_a_passage_cannot_change_the_decision_on_another_one(pruner, hostile):
         assert [s.score for s in (*after.kept, *after.dropped)] == pytest.approx(
             [s.score for s in (*before.kept, *before.dropped)], abs=1e-5
         )
-    assert attacked.passages[0].rank == 0
 
 
 def test_instructions_are_scored_as_any_text(pruner):
