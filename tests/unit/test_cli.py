@@ -452,7 +452,7 @@ def test_a_number_of_questions_that_the_demo_does_not_have(
 
 
 def test_an_unknown_command(run: Run) -> None:
-    assert "No such command 'contxt'. Did you mean 'context'?" in failed(run("contxt"))
+    assert "No such command 'methos'. Did you mean 'methods'?" in failed(run("methos"))
 
 
 def test_the_server_says_what_keeps_it_from_serving(run: Run) -> None:
