@@ -99,7 +99,7 @@ class PruningProcessor(IOProcessor[Job, dict[str, Any]]):  # type: ignore[misc]
                 f"{model.model} reads windows of {settings.window} tokens, and vLLM was told to "
                 f"read {model.max_model_len}: leave out --max-model-len."
             )
-        tokenizer = AutoTokenizer.from_pretrained(  # type: ignore[no-untyped-call]
+        tokenizer = AutoTokenizer.from_pretrained(
             model.tokenizer, revision=model.tokenizer_revision, trust_remote_code=False
         )
         self.checkpoint = Checkpoint(PrunerModel(None), tokenizer, settings, "hosted by vLLM")
@@ -111,8 +111,7 @@ class PruningProcessor(IOProcessor[Job, dict[str, Any]]):  # type: ignore[misc]
         """Raises InputError, which vLLM answers as a 400, for all that `prune` refuses."""
         if not isinstance(data, dict):
             raise InputError(
-                "`data` must be an object with a question and passages, got "
-                f"{type(data).__name__}."
+                f"`data` must be an object with a question and passages, got {type(data).__name__}."
             )
         asked = parse_recipe(data, Question)
         threshold = asked.threshold
