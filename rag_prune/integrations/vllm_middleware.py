@@ -35,6 +35,7 @@ from prune_core.recipe import parse_recipe
 from rag_prune.context.pruner import DEFAULT_THRESHOLD, ContextPruner
 from rag_prune.context.result import Budget, PassageLike
 from rag_prune.integrations.chat_documents import Found, find
+from rag_prune.server.batching import Batcher
 
 Message = MutableMapping[str, Any]
 Scope = MutableMapping[str, Any]
@@ -156,8 +157,10 @@ class InProcess:
     """A pruner in this process, in one thread, batched across requests."""
 
     def __init__(self, settings: Settings) -> None:
-        self.pruner = ContextPruner.from_pretrained(
-            settings.pruner, method=settings.method, device=settings.device
+        self.batcher = Batcher(
+            ContextPruner.from_pretrained(
+                settings.pruner, method=settings.method, device=settings.device
+            )
         )
         self.tokenizer: Any = None
         if settings.tokenizer:
@@ -166,15 +169,10 @@ class InProcess:
             self.tokenizer = AutoTokenizer.from_pretrained(
                 settings.tokenizer, trust_remote_code=False
             )
-        self.batcher: Any = None
 
     async def prune(
         self, question: str, passages: list[PassageLike], options: dict[str, Any]
     ) -> list[Spans]:
-        from rag_prune.server.batching import Batcher
-
-        if self.batcher is None:  # it belongs to an event loop
-            self.batcher = Batcher(self.pruner)
         budget = _budget(options, self.tokenizer)
         result = await self.batcher.prune(question, passages, budget)
         return [[(s.start, s.end) for s in passage.kept] for passage in result.passages]
@@ -189,7 +187,10 @@ class Remote:
         key = settings.url_api_key
         self.client = httpx.AsyncClient(
             base_url=str(settings.url),
-            headers={"Authorization": f"Bearer {key}"} if key else {},
+            headers={
+                "Content-Type": "application/json",
+                **({"Authorization": f"Bearer {key}"} if key else {}),
+            },
             timeout=settings.timeout,
         )
 
@@ -197,7 +198,8 @@ class Remote:
         self, question: str, passages: list[PassageLike], options: dict[str, Any]
     ) -> list[Spans]:
         body = {"question": question, "passages": passages, **options}
-        response = await self.client.post("/v1/prune", json=body)
+        # As ASCII: httpx's own JSON refuses the lone surrogates that a request may hold.
+        response = await self.client.post("/v1/prune", content=json.dumps(body))
         response.raise_for_status()
         return [[(s["start"], s["end"]) for s in p["kept"]] for p in response.json()["passages"]]
 

@@ -16,6 +16,7 @@ config.json asks for it.
 
 from __future__ import annotations
 
+import json
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -135,6 +136,13 @@ class PruningProcessor(IOProcessor[Job, dict[str, Any]]):  # type: ignore[misc]
                 f"A request may have {MAX_CHARACTERS} characters, got {size}: send several "
                 "requests."
             )
+        try:
+            json.dumps(data, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"The request holds half of a surrogate pair ({error.object[error.start]!r}), which "
+                "the answer could not: send whole characters."
+            ) from error
         return Job(Request.read(asked.question, asked.passages), budget, asked.reorder)
 
     def pre_process(
