@@ -200,6 +200,8 @@ class Remote:
         body = {"question": question, "passages": passages, **options}
         # As ASCII: httpx's own JSON refuses the lone surrogates that a request may hold.
         response = await self.client.post("/v1/prune", content=json.dumps(body))
+        if response.status_code in (400, 413):  # the request's fault; all else is the operator's
+            raise InputError(f"{response.json()['error']['message']}")
         response.raise_for_status()
         return [[(s["start"], s["end"]) for s in p["kept"]] for p in response.json()["passages"]]
 

@@ -140,8 +140,8 @@ class PruningProcessor(IOProcessor[Job, dict[str, Any]]):  # type: ignore[misc]
             json.dumps(data, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
             raise InputError(
-                f"The request holds half of a surrogate pair ({error.object[error.start]!r}), which "
-                "the answer could not: send whole characters."
+                f"The request holds half of a character ({error.object[error.start]!r}, a lone "
+                "surrogate), which the answer could not: send whole ones."
             ) from error
         return Job(Request.read(asked.question, asked.passages), budget, asked.reorder)
 

@@ -99,7 +99,7 @@ def test_nothing_to_read(url):
 @pytest.mark.parametrize(
     ("data", "sentence"),
     [
-        ({"question": "Who?", "passages": ["\ud800 lone."]}, "half of a surrogate pair"),
+        ({"question": "Who?", "passages": ["\ud800 lone."]}, "half of a character"),
         ({"question": " ", "passages": ["a"]}, "The question must be a string with some text"),
         ({"question": "Who?"}, "passages"),
         ({"question": "Who?", "passages": [3]}, "Passage 0 must be a string"),

@@ -74,7 +74,9 @@ def call(app, body, *, path=PATH, method="POST", headers=(), chunks=1, kind="htt
     return asyncio.run(_call(app, body, path, method, headers, chunks, kind, leave))
 
 
-async def _call(app, body, path, method, headers, chunks, kind, leave):
+async def _call(
+    app, body, path=PATH, method="POST", headers=(), chunks=1, kind="http", leave=False
+):
     step = -(-len(body) // chunks) or 1
     parts = [body[i : i + step] for i in range(0, len(body), step)] or [b""]
     incoming = [
@@ -408,9 +410,7 @@ def test_concurrent_requests_share_a_batch_and_get_their_own(make, echo, monkeyp
     ]
 
     async def all_at_once():
-        await asyncio.gather(
-            *(_call(middleware, b, PATH, "POST", (), 1, "http", False) for b in bodies)
-        )
+        await asyncio.gather(*(_call(middleware, b) for b in bodies))
 
     asyncio.run(all_at_once())
     assert sum(sizes) == 16
@@ -490,8 +490,10 @@ def test_pruning_elsewhere(echo, calls):
             body = json.loads(self.rfile.read(int(self.headers["content-length"])))
             asked.append((self.path, self.headers["authorization"], body))
             result = ContextPruner(BM25()).prune(body["question"], body["passages"], threshold=0.5)
-            answer = json.dumps(result.to_dict()).encode()
-            self.send_response(503 if body["question"] == "Down?" else 200)
+            status = {"Bad?": 400, "Down?": 503}.get(body["question"], 200)
+            told = {"error": {"message": "That is bad."}} if status == 400 else result.to_dict()
+            answer = json.dumps(told).encode()
+            self.send_response(status)
             self.send_header("content-length", str(len(answer)))
             self.end_headers()
             self.wfile.write(answer)
@@ -503,15 +505,30 @@ def test_pruning_elsewhere(echo, calls):
     Thread(target=server.serve_forever, daemon=True).start()
     try:
         url = f"http://127.0.0.1:{server.server_port}"
-        for question in ("Who found radium?", "Down?"):
-            middleware = ContextPruning(echo, Settings(url=url, url_api_key="secret"))
-            call(middleware, ON | {"prunekit": {"threshold": 0.5, "question": question}})
+        middleware = ContextPruning(echo, Settings(url=url, url_api_key="secret"))
+
+        async def ask_each():  # in one event loop, as the client's connections want it
+            return [
+                await _call(middleware, json.dumps(OFF | {"prunekit": own}).encode())
+                for own in (
+                    {"question": q, "threshold": 0.5}
+                    for q in ("Who found radium?", "Bad?", "Down?")
+                )
+            ]
+
+        answers = asyncio.run(ask_each())
     finally:
         server.shutdown()
         server.server_close()
     path, key, body = asked[0]
     assert (path, key) == ("/v1/prune", "Bearer secret")
-    assert body["threshold"] == 0.5
-    assert json.loads(echo.seen[0][1])["documents"] == KEPT
-    assert json.loads(echo.seen[1][1])["documents"] == DOCUMENTS
-    assert middleware.counts == {"failed": 1}
+    assert (body["question"], body["threshold"]) == ("Who found radium?", 0.5)
+    assert body["passages"] == DOCUMENTS
+    expected = ContextPruner(BM25()).prune(
+        "Who found radium?", DOCUMENTS, threshold=0.5, reorder=False
+    )
+    got = [json.loads(body)["documents"] for _, body, _ in echo.seen]
+    assert got == [expected.pruned, DOCUMENTS, DOCUMENTS]
+    assert headers_of(answers[1])["x-prunekit-skipped"] == "That is bad."
+    assert "HTTPStatusError" in headers_of(answers[2])["x-prunekit-skipped"]
+    assert [middleware.counts[o] for o in ("pruned", "refused", "failed")] == [1, 1, 1]
