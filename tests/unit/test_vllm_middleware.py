@@ -532,3 +532,22 @@ def test_pruning_elsewhere(echo, calls):
     assert headers_of(answers[1])["x-prunekit-skipped"] == "That is bad."
     assert "HTTPStatusError" in headers_of(answers[2])["x-prunekit-skipped"]
     assert [middleware.counts[o] for o in ("pruned", "refused", "failed")] == [1, 1, 1]
+
+
+def test_pruning_in_prunekits_own_server(echo):
+    import httpx
+
+    from rag_prune.server.app import create_app
+
+    app = create_app(ContextPruner(BM25()), api_key="secret")
+    middleware = ContextPruning(echo, Settings(url="http://pruner", url_api_key="secret"))
+    middleware.prunes.client._transport = httpx.ASGITransport(app)
+    bodies = [OFF | {"prunekit": own} for own in ({"threshold": 0.5, "top_k": 9}, {"top_k": 0})]
+
+    async def ask_each():
+        async with app.router.lifespan_context(app):
+            return [await _call(middleware, json.dumps(body).encode()) for body in bodies]
+
+    answers = asyncio.run(ask_each())
+    assert [json.loads(body)["documents"] for _, body, _ in echo.seen] == [KEPT, DOCUMENTS]
+    assert "top_k" in headers_of(answers[1])["x-prunekit-skipped"]
