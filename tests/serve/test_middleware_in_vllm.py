@@ -6,9 +6,9 @@ import re
 
 import httpx
 import pytest
-from conftest import HERE, served
 
 from rag_prune import ContextPruner
+from serving import HERE, served
 
 pytestmark = pytest.mark.slow
 MIDDLEWARE = "rag_prune.integrations.vllm_middleware.ContextPruning"
@@ -34,7 +34,7 @@ def url(tmp_path_factory):
     with served(
         tmp_path_factory.mktemp("vllm") / "log",
         *("--model", str(small_model()), "--served-model-name", "small"),
-        *("--max-model-len", "2048", "--chat-template", str(HERE / "documents.jinja")),
+        *("--max-model-len", "2048", "--chat-template", str(HERE / "serve" / "documents.jinja")),
         *("--middleware", MIDDLEWARE, "--api-key", "secret"),
         VLLM_API_KEY="not-this-one",  # the option wins
     ) as url:

@@ -6,13 +6,13 @@ import json
 import httpx
 import numpy as np
 import pytest
-from conftest import served
 from scipy.special import logit
 
 from pipelines.demo.corpus import demo_passages, demo_questions
 from pipelines.retrieve import Retriever
 from rag_prune import ContextPruner
 from rag_prune.context.export import export
+from serving import served
 
 pytestmark = pytest.mark.slow
 ODD = [
