@@ -159,6 +159,39 @@ def cost() -> str:
     )
 
 
+def vllm_middleware() -> str:
+    report = results("vllm_middleware")
+    names = {"retrieved": "each with its own documents", "fixed": "all with the same documents"}
+    rows = []
+    for name, what in names.items():
+        r = report[name]
+        for figure, digits in (("prompt_tokens", 0), ("seconds", 2)):
+            rows.append(
+                [
+                    f"{r['requests']} requests, {what}: {figure.replace('_', ' ')}",
+                    f"{r['full'][figure]['value']:.{digits}f}",
+                    f"{r['pruned'][figure]['value']:.{digits}f}",
+                    with_interval(r["pruned_over_full"][figure], digits=2),
+                    f"{r['pruned']['pruner_milliseconds']['value']:.0f} ms",
+                ]
+            )
+    head = ["with 95 % intervals", "full", "pruned", "pruned / full", "in the pruner"]
+    return table(head, rows)
+
+
+def vllm_pooling() -> str:
+    r = results("vllm_pooling")
+    ratio = r["hosted_over_in_process_seconds"]
+    return table(
+        [f"{r['passages']} passages, hosted against in process", ""],
+        [
+            ["sentence decisions equal", f"{r['decisions_equal']} of {r['sentences']}"],
+            ["largest difference of logits", f"{r['max_logit_difference']:.1e}"],
+            ["seconds, hosted / in process", f"{ratio['median']} ({ratio['min']}–{ratio['max']})"],
+        ],
+    )
+
+
 def install() -> str:
     rows = [
         [f"`{r['what']}`", str(r["packages"]), str(r["megabytes"]), str(r["seconds"]), r["torch"]]
@@ -190,6 +223,8 @@ TABLES = {
     "quality-full": quality_full,
     "answers": answers,
     "cost": cost,
+    "vllm-middleware": vllm_middleware,
+    "vllm-pooling": vllm_pooling,
     "install": install,
     "methods": methods,
 }
