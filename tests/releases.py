@@ -31,9 +31,7 @@ def unigram(marks: dict[str, str], template: tuple[str, str]) -> Any:
     vocabulary = [(p, 0.0) for p in pieces] + [(w, -2.0) for w in words]
     vocabulary += [(c, -5.0) for c in CHARACTERS]
     backend = Tokenizer(models.Unigram(vocabulary, unk_id=pieces.index(marks["unk_token"])))
-    backend.normalizer = normalizers.Sequence(
-        [normalizers.Strip(), normalizers.Replace(" +", " ")]
-    )
+    backend.normalizer = normalizers.Sequence([normalizers.Strip(), normalizers.Replace(" +", " ")])
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
     ids = [(p, i) for i, p in enumerate(pieces)]
     backend.post_processor = processors.TemplateProcessing(template[0], template[1], ids)
@@ -116,6 +114,7 @@ def write(
     folder: Path, config: dict[str, Any], state: dict[str, torch.Tensor], tokenizer: Any
 ) -> Path:
     """config.json, model.safetensors, the tokenizer's files, and a module that must not run."""
+    folder.mkdir(exist_ok=True)
     tokenizer.save_pretrained(folder)
     (folder / "config.json").write_text(json.dumps(config))
     save_file(state, folder / "model.safetensors", {"format": "pt"})
@@ -219,9 +218,7 @@ def open_provence(
             "max_position_embeddings": 512,
         }
         marks = ("pad", "cls", "sep", "bos", "eos")
-        fields |= {
-            f"{m}_token_id": getattr(tokenizer, f"{m}_token_id") or 0 for m in marks
-        }
+        fields |= {f"{m}_token_id": getattr(tokenizer, f"{m}_token_id") or 0 for m in marks}
     elif encoder == "xlm-roberta":
         tokenizer = xlmr_tokenizer()
         fields = xlmr_fields(tokenizer, 512)

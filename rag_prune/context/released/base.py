@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_weights
 from scipy.special import logit
+from tokenizers import models
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
@@ -25,6 +27,7 @@ from rag_prune.context.result import Request
 from rag_prune.context.windows import Tokens, encode_plain
 
 _NAMED = 12  # tensors that an error lists before it counts the others
+_NEVER = -1e4  # score of a piece that is never the best way to write a text
 # Not weights: numbers 0, 1, 2, … that older versions of transformers stored.
 _COUNTERS = ("embeddings.position_ids", "embeddings.token_type_ids")
 # Fields of a config.json that say how it was saved, not what the network is.
@@ -158,7 +161,18 @@ def tokenizer(folder: Path) -> Any:
             f"{folder} has no tokenizer.json. Save the tokenizer in its fast form beside the "
             "weights: AutoTokenizer.from_pretrained(…).save_pretrained(…)."
         )
-    return PreTrainedTokenizerFast.from_pretrained(folder)
+    fast = PreTrainedTokenizerFast.from_pretrained(folder)
+    backend = fast.backend_tokenizer
+    model = json.loads(backend.to_str())["model"]
+    if model["type"] == "Unigram":
+        # Its vocabulary has the special tokens at the best score of all, so that "</s>" in a text
+        # would be one even where the text is taken literally.
+        special = set(fast.all_special_tokens) - {fast.unk_token}
+        vocabulary = [(piece, _NEVER if piece in special else s) for piece, s in model["vocab"]]
+        backend.model = models.Unigram(
+            vocabulary, model["unk_id"], model.get("byte_fallback", False)
+        )
+    return fast
 
 
 def tokenise_apart(tokenizer: Any, passages: Sequence[Sequence[str]]) -> list[Tokens]:

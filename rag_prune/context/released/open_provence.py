@@ -136,7 +136,10 @@ class OpenProvence(ReleasedEngine):
         """Each passage's fragments; sentence 0 is the title, which is read and not scored."""
         tokenizer, window = self.checkpoint.tokenizer, self.checkpoint.settings.window
         step = max(16, window // 2)
-        texts = [[_title(p), *(p.text[start:end] for start, end in p.spans)] for p in passages]
+        texts = [
+            [_title(p), *(p.text[start:end] for start, end in p.spans if p.text.strip())]
+            for p in passages
+        ]
         encoded = iter(encode_plain(tokenizer, [t for ts in texts for t in ts])["input_ids"])
         special = set(tokenizer.all_special_ids)
         out = []
