@@ -27,7 +27,7 @@ def unigram(marks: dict[str, str], template: tuple[str, str]) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     pieces = list(dict.fromkeys(marks.values()))
-    words = ["▁the", "▁cat", "▁radium", "▁curie", "found", "▁found", "ing", "▁in", "▁"]
+    words = ["▁.", "▁,", "▁the", "▁cat", "▁radium", "▁curie", "found", "▁found", "ing", "▁in", "▁"]
     vocabulary = [(p, 0.0) for p in pieces] + [(w, -2.0) for w in words]
     vocabulary += [(c, -5.0) for c in CHARACTERS]
     backend = Tokenizer(models.Unigram(vocabulary, unk_id=pieces.index(marks["unk_token"])))
@@ -123,7 +123,7 @@ def write(
     return folder
 
 
-def provence(folder: Path, window: int = 96) -> Path:
+def provence(folder: Path, window: int = 128) -> Path:
     from transformers import DebertaV2Config, DebertaV2Model
 
     tokenizer = deberta_tokenizer()
@@ -182,7 +182,7 @@ def xlmr_fields(tokenizer: Any, window: int) -> dict[str, Any]:
     }
 
 
-def xprovence(folder: Path, window: int = 96, pooled: bool = True) -> Path:
+def xprovence(folder: Path, window: int = 128, pooled: bool = True) -> Path:
     from transformers import XLMRobertaConfig, XLMRobertaModel
 
     tokenizer = xlmr_tokenizer()
