@@ -214,6 +214,8 @@ def open_provence(
             **SMALL,
             "classifier_pooling": "mean",
             "global_attn_every_n_layers": 2,
+            "global_rope_theta": 80000.0,  # transformers 4's names, as released
+            "local_rope_theta": 5000.0,
             "local_attention": 16,
             "max_position_embeddings": 512,
         }

@@ -364,6 +364,13 @@ def test_the_keep_head_reads_what_enters_the_final_norm(folder):
     assert (ours - (keep[:, 1] - keep[:, 0])).abs().max() > 0.1
 
 
+def test_rotary_bases_under_their_old_names(folder):
+    pruner = ContextPruner.from_pretrained(folder("open_provence"), device="cpu")
+    ropes = pruner.scorer.checkpoint.model.ranking_model.config.rope_parameters
+    assert ropes["full_attention"]["rope_theta"] == 80000
+    assert ropes["sliding_attention"]["rope_theta"] == 5000
+
+
 def test_the_checkpoints_own_default_threshold(folder):
     pruner = ContextPruner.from_pretrained(folder("open_provence"), device="cpu")
     assert pruner.prune(QUESTION, PASSAGES).budget.threshold == 0.25

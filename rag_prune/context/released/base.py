@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load as load_weights
-from scipy.special import logit
+from scipy.special import expit, logit
 from tokenizers import models
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedTokenizerFast
@@ -191,6 +192,11 @@ def columns(keep: Tensor, ranking: Tensor) -> Tensor:
     logits = keep.float()
     ranked = ranking.float().unsqueeze(1).expand(logits.shape[:2])
     return torch.stack([logits[..., 1] - logits[..., 0], ranked], dim=-1)
+
+
+def probabilities(logits: Floats) -> NDArray[np.float32]:
+    """Keep probabilities in single precision, as the owners' code has them: they reach 0 and 1."""
+    return np.asarray(expit(logits.astype(np.float32)))
 
 
 def strictly(value: float) -> float:

@@ -28,13 +28,18 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import expit
 from torch import Tensor, nn
 from transformers import AutoModelForTokenClassification
 
 from rag_prune.context.engine import Floats
 from rag_prune.context.model import KEEP
-from rag_prune.context.released.base import Released, ReleasedEngine, columns, sub_config
+from rag_prune.context.released.base import (
+    Released,
+    ReleasedEngine,
+    columns,
+    probabilities,
+    sub_config,
+)
 from rag_prune.context.result import Passage, Request, Scores
 from rag_prune.context.sentences import Span
 from rag_prune.context.windows import encode_plain
@@ -128,7 +133,7 @@ class LLMLingua2(ReleasedEngine):
         keep: list[Floats] = [np.empty(len(t)) for t in tokens]
         for row, values in self.run(self.checkpoint.model.joint, rows):
             i, low, high = places[row]
-            keep[i][low:high] = expit(values[1 : 1 + high - low, KEEP])
+            keep[i][low:high] = probabilities(values[1 : 1 + high - low, KEEP])
         spread: list[list[tuple[int, int]]] = [[] for _ in passages]
         for i, low, high in places:
             spread[i].append((low, high))
@@ -143,7 +148,7 @@ class LLMLingua2(ReleasedEngine):
         passage: Passage,
         tokens: list[str],
         offsets: list[Span],
-        probabilities: Floats,
+        chances: Floats,
         chunked: list[tuple[int, int]],
     ) -> Scores:
         words: list[Word] = []
@@ -154,10 +159,10 @@ class LLMLingua2(ReleasedEngine):
             inside = [s for s in self._forced(passage.text) if first <= s[0] < last]
             found = self._words(tokens, offsets, low, high, passage.text, inside)
             words += found
-            scores += self._chunk(found, tokens, probabilities) if found else []
+            scores += self._chunk(found, tokens, chances) if found else []
         if not words:
             return Scores(0.0, np.zeros(len(passage.spans)))
-        means = [probabilities[list(word.tokens)].mean() for word in words if word.tokens]
+        means = [chances[list(word.tokens)].mean() for word in words if word.tokens]
         spans, kept = _tile(words, scores, passage.text)
         return Scores(float(np.mean(means)) if means else 0.0, np.array(kept), spans)
 
@@ -206,9 +211,9 @@ class LLMLingua2(ReleasedEngine):
             for found in re.finditer(re.escape(force), text)
         ]
 
-    def _chunk(self, words: list[Word], tokens: list[str], probabilities: Floats) -> list[float]:
+    def _chunk(self, words: list[Word], tokens: list[str], chances: Floats) -> list[float]:
         """For each word of a chunk the largest share to drop at which it stays."""
-        means = np.array([self._probability(word, tokens, probabilities) for word in words])
+        means = np.array([self._probability(word, tokens, chances) for word in words])
         count = self.count_tokens
         counts = [count(w.text) if count else max(len(w.tokens), 1) for w in words]
         if self.drop_consecutive:
@@ -217,10 +222,10 @@ class LLMLingua2(ReleasedEngine):
             kept = _above(means, counts, list(PER_CENTS))
         return [_SHARES[n] for n in np.logical_and.accumulate(kept).sum(0).tolist()]
 
-    def _probability(self, word: Word, tokens: list[str], probabilities: Floats) -> float:
+    def _probability(self, word: Word, tokens: list[str], chances: Floats) -> float:
         if word.forced:
             return 1.0
-        values = probabilities[list(word.tokens)].tolist()
+        values = chances[list(word.tokens)].tolist()
         if tokens[word.tokens[0]].lstrip("▁" if self._pieces else "#") in self.force_tokens:
             values[0] = 1.0
         if self.force_reserve_digit:

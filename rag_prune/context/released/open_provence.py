@@ -32,6 +32,7 @@ from rag_prune.context.released.base import (
     ReleasedEngine,
     columns,
     positions,
+    probabilities,
     strictly,
     sub_config,
 )
@@ -121,7 +122,9 @@ class OpenProvence(ReleasedEngine):
             i, at, block = places[row]
             relevance[i] = max(relevance[i], float(expit(values[0, RELEVANCE])))
             for sentence, ids in block:
-                means[i][sentence].append(float(expit(values[at : at + len(ids), KEEP]).mean()))
+                means[i][sentence].append(
+                    float(probabilities(values[at : at + len(ids), KEEP]).mean())
+                )
                 at += len(ids)
         scored = iter(
             Scores(

@@ -19,6 +19,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.special import expit
 from torch import Tensor, nn
 from transformers import DebertaV2Model
@@ -30,6 +31,7 @@ from rag_prune.context.released.base import (
     ReleasedEngine,
     columns,
     positions,
+    probabilities,
     strictly,
     sub_config,
     tokenise_apart,
@@ -80,7 +82,10 @@ class Provence(ReleasedEngine):
         ]
         keep, ranking = self.read(tokens, frames)
         scored = iter(
-            Scores(float(expit(ranking[i])), share_scores(expit(keep[i]), tokens[i].sentence, n))
+            Scores(
+                float(expit(ranking[i])),
+                share_scores(probabilities(keep[i]), tokens[i].sentence, n),
+            )
             for i, n in enumerate(len(p.spans) for p in passages)
         )
         return [[next(scored) for _ in request.passages] for request in requests]
@@ -95,11 +100,11 @@ def normalised(question: str) -> str:
     return " ".join(question.lower().translate(_NO_PUNCTUATION).split())
 
 
-def share_scores(probabilities: Floats, sentence: Any, n_sentences: int) -> Floats:
+def share_scores(keep: NDArray[Any], sentence: NDArray[np.int64], n_sentences: int) -> Floats:
     """(n_sentences,) scores s: the share of a sentence's tokens above T exceeds T when s >= T."""
     out = np.zeros(n_sentences)
     for i in range(n_sentences):
-        falling = np.sort(probabilities[sentence == i])[::-1]
+        falling = np.sort(keep[sentence == i])[::-1]
         shares = np.arange(1, len(falling) + 1) / max(len(falling), 1)
         out[i] = strictly(float(np.minimum(falling, shares).max(initial=0.0)))
     return out
