@@ -121,19 +121,23 @@ def load(folder: Path) -> Checkpoint:
         CheckpointError: A missing or foreign folder, weights that are not safetensors, a config
             that asks for remote code, or tensors that do not fit; the message says which.
     """
-    config = _read_config(folder)
-    weights = sorted(folder.glob("*.safetensors"))
-    if not weights:
-        pickles = [p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt")]
-        found = (
-            f"only {', '.join(sorted(pickles))}, which can run code when read"
-            if pickles
-            else "none"
-        )
+    config = read_config(folder)
+    if not isinstance(config.get("prunekit", {}), dict):
         raise CheckpointError(
-            f"{folder} must hold its weights as *.safetensors; found {found}. "
-            "Convert the weights to safetensors first."
+            f"{folder / 'config.json'} and its 'prunekit' section must be JSON objects."
         )
+    if "auto_map" in config:
+        raise CheckpointError(
+            f"{folder / 'config.json'} asks for remote code (auto_map), which prunekit never runs. "
+            "Use a checkpoint in a stock architecture."
+        )
+    if "prunekit" not in config:
+        raise CheckpointError(
+            f"{folder / 'config.json'} has no 'prunekit' section, so {folder} is not a prunekit "
+            "pruner. Train one with `python -m rag_prune.context.train`; a token classifier of "
+            "LLMLingua-2's kind loads with method='llmlingua2'."
+        )
+    weights = weight_files(folder)
     settings, late = read_section(config["prunekit"], str(folder))
     try:
         network = AutoModelForTokenClassification.from_config(  # type: ignore[no-untyped-call]
@@ -188,7 +192,8 @@ def read_section(section: dict[str, Any], where: str) -> tuple[Settings, Tensor]
     return settings, late
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
+    """The folder's config.json; raises CheckpointError where there is none to be read."""
     file = folder / "config.json"
     if not folder.is_dir():
         raise CheckpointError(
@@ -200,19 +205,23 @@ def _read_config(folder: Path) -> dict[str, Any]:
         config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise CheckpointError(f"{file} is not valid JSON: {error}.") from error
-    if not isinstance(config, dict) or not isinstance(config.get("prunekit", {}), dict):
+    if not isinstance(config, dict):
         raise CheckpointError(f"{file} and its 'prunekit' section must be JSON objects.")
-    if "auto_map" in config:
-        raise CheckpointError(
-            f"{file} asks for remote code (auto_map), which prunekit never runs. Use a checkpoint "
-            "in a stock architecture."
-        )
-    if "prunekit" not in config:
-        raise CheckpointError(
-            f"{file} has no 'prunekit' section, so {folder} is not a prunekit pruner. Train one "
-            "with `python -m rag_prune.context.train`."
-        )
     return config
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The folder's safetensors; raises CheckpointError where it has none, or only pickles."""
+    if weights := sorted(folder.glob("*.safetensors")):
+        return weights
+    pickles = [p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt")]
+    found = (
+        f"only {', '.join(sorted(pickles))}, which can run code when read" if pickles else "none"
+    )
+    raise CheckpointError(
+        f"{folder} must hold its weights as *.safetensors; found {found}. "
+        "Convert the weights to safetensors first."
+    )
 
 
 def _to_int8(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -42,17 +42,23 @@ class ContextPruner:
         *,
         method: str | None = None,
         device: str | None = None,
+        **options: Any,
     ) -> ContextPruner:
         """Load a pruner.
 
         Args:
             name_or_folder: A checkpoint folder or a hub name; the bundled default without one.
+                A release of Provence, XProvence, OpenProvence or LLMLingua-2 is known by its
+                config.json and run by our own code (docs/checkpoints.md).
             method: A name from `prunekit methods`: one of the checkpoint's engines (`provence`,
                 `late`, `both`) or a baseline; the checkpoint's own choice by default.
             device: Where the network runs; a GPU when there is one by default.
+            options: Of the method's class, such as `force_reserve_digit` for `llmlingua2`.
 
         Raises:
-            CheckpointError: No such folder, weights that are not safetensors, remote code.
+            CheckpointError: No such folder, weights that are not safetensors or not the
+                family's, remote code in a checkpoint of ours.
+            InputError: A method that the checkpoint is not of.
             UnknownName: An unknown method.
         """
         from rag_prune import METHODS
@@ -63,15 +69,33 @@ class ContextPruner:
                 raise InputError(
                     f"The baseline '{method}' has no model, so '{name_or_folder}' must go."
                 )
-            return cls(METHODS.get(method)(**model))
+            return cls(METHODS.get(method)(**model, **options))
 
         import torch
 
-        from rag_prune.context.checkpoints import load
+        from rag_prune.context.checkpoints import load, read_config
+        from rag_prune.context.released import family
 
-        checkpoint = load(checkpoint_folder(name_or_folder))
+        folder = checkpoint_folder(name_or_folder)
+        config = read_config(folder)
+        released = family(config, str(name_or_folder), method)
+        if method is not None and (
+            method != released if released else METHODS.row(method).family == "released"
+        ):
+            kind = f"of '{released}'" if released else "none of a released family"
+            raise InputError(
+                f"The checkpoint in {folder} is {kind}, so method='{method}' cannot run it: leave "
+                "the method out."
+            )
+        checkpoint: Any
+        if released:
+            engine = METHODS.get(released)
+            checkpoint = engine.read_release(folder, config)
+        else:
+            checkpoint = load(folder)
+            engine = METHODS.get(method or checkpoint.settings.method)
         checkpoint.model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        return cls(METHODS.get(method or checkpoint.settings.method)(checkpoint))
+        return cls(engine(checkpoint, **options))
 
     def prune(
         self,
@@ -91,8 +115,8 @@ class ContextPruner:
             question: Used as given.
             passages: Strings, or mappings with `text` and maybe `title`; never edited. An exact
                 copy of an earlier passage is dropped.
-            threshold: Keep sentences whose probability is at least this, in [0, 1]; 0.1 when no
-                other budget is given.
+            threshold: Keep sentences whose probability is at least this, in [0, 1]; when no other
+                budget is given 0.1, or what a released checkpoint names as its own.
             keep_ratio: Keep the best sentences up to this share of all characters, in [0, 1].
             max_tokens: Keep the best sentences such that the text has at most this many tokens of
                 `tokenizer`.
@@ -103,7 +127,7 @@ class ContextPruner:
             InputError: An empty question, a passage that is no text, two budgets, a budget outside
                 its range.
         """
-        budget = _budget(threshold, keep_ratio, max_tokens, tokenizer, top_k)
+        budget = self._budget(threshold, keep_ratio, max_tokens, tokenizer, top_k)
         [result] = self._prune([(question, passages)], budget, reorder)
         return result
 
@@ -119,7 +143,7 @@ class ContextPruner:
         reorder: bool = True,
     ) -> list[PrunedContext]:
         """`prune` for many (question, passages) pairs: batches are built across questions."""
-        budget = _budget(threshold, keep_ratio, max_tokens, tokenizer, top_k)
+        budget = self._budget(threshold, keep_ratio, max_tokens, tokenizer, top_k)
         return self._prune(requests, budget, reorder)
 
     def stream(
@@ -138,6 +162,19 @@ class ContextPruner:
         iterator = iter(requests)
         chunks = iter(lambda: list(islice(iterator, batch_size)), [])
         return (result for chunk in chunks for result in self.prune_many(chunk, **options))
+
+    def _budget(
+        self,
+        threshold: float | None,
+        keep_ratio: float | None,
+        max_tokens: int | None,
+        tokenizer: Any,
+        top_k: int | None,
+    ) -> Budget:
+        """The budget that was given, or the default threshold; checked before a model is called."""
+        if threshold is None and keep_ratio is None and max_tokens is None:
+            threshold = getattr(self.scorer, "default_threshold", DEFAULT_THRESHOLD)
+        return Budget(threshold, keep_ratio, max_tokens, tokenizer, top_k)
 
     def _prune(
         self,
@@ -175,16 +212,3 @@ def checkpoint_folder(name_or_folder: str | Path | None) -> Path:
             f"'{name_or_folder}' is neither a folder here nor a model that could be fetched from "
             f"the hub: {error}"
         ) from error
-
-
-def _budget(
-    threshold: float | None,
-    keep_ratio: float | None,
-    max_tokens: int | None,
-    tokenizer: Any,
-    top_k: int | None,
-) -> Budget:
-    """The budget that was given, or the default threshold; checked before any model is called."""
-    if threshold is None and keep_ratio is None and max_tokens is None:
-        threshold = DEFAULT_THRESHOLD
-    return Budget(threshold, keep_ratio, max_tokens, tokenizer, top_k)

