@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from prune_core.errors import CheckpointError, InputError
 from rag_prune.context.result import Budget, PassageLike, PrunedContext, Request, Scores
 
 DEFAULT_THRESHOLD = 0.1
+TOGETHER = 64  # requests of `prune_many` that share batches; more of them save no more padding
+
+# Requests as read, and what scores them.
+Begun = tuple[list[Request], Callable[[], list[list[Scores]]]]
 
 
 class Scorer(Protocol):
-    """Whatever scores passages and their sentences: the engines, the baselines, yours."""
+    """Whatever scores passages and their sentences: the engines, the baselines, yours.
+
+    One that also has `begin_score(requests)`, which does what can be done ahead and returns a
+    function that does the rest, is asked for it in a thread while the requests before are scored.
+    """
 
     name: str
 
@@ -42,6 +54,7 @@ class ContextPruner:
         *,
         method: str | None = None,
         device: str | None = None,
+        precision: Literal["float32", "fast"] = "float32",
     ) -> ContextPruner:
         """Load a pruner.
 
@@ -50,13 +63,20 @@ class ContextPruner:
             method: A name from `prunekit methods`: one of the checkpoint's engines (`provence`,
                 `late`, `both`) or a baseline; the checkpoint's own choice by default.
             device: Where the network runs; a GPU when there is one by default.
+            precision: What the network multiplies in. "fast" is bfloat16 (or float16 on a GPU
+                without it) where the device multiplies it faster, and float32 elsewhere: nearly
+                all decisions are the same, but scores move in their third digit, also with what
+                else is in a batch.
 
         Raises:
+            InputError: A precision that is neither, a baseline with a model it has no use for.
             CheckpointError: No such folder, weights that are not safetensors, remote code.
             UnknownName: An unknown method.
         """
         from rag_prune import METHODS
 
+        if precision not in ("float32", "fast"):
+            raise InputError(f"precision must be 'float32' or 'fast', got {precision!r}.")
         if method is not None and METHODS.row(method).family == "baseline":
             model = {} if name_or_folder is None else {"model": str(name_or_folder)}
             if model and method != "embedding":
@@ -68,9 +88,13 @@ class ContextPruner:
         import torch
 
         from rag_prune.context.checkpoints import load
+        from rag_prune.context.model import fast_dtype
 
         checkpoint = load(_folder(name_or_folder))
-        checkpoint.model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        checkpoint.model.to(place)
+        if precision == "fast":
+            checkpoint = replace(checkpoint, multiply_in=fast_dtype(place))
         return cls(METHODS.get(method or checkpoint.settings.method)(checkpoint))
 
     def prune(
@@ -104,7 +128,7 @@ class ContextPruner:
                 its range.
         """
         budget = _budget(threshold, keep_ratio, max_tokens, tokenizer, top_k)
-        [result] = self._prune([(question, passages)], budget, reorder)
+        [result] = self._finish(self._begin([(question, passages)]), budget, reorder)
         return result
 
     def prune_many(
@@ -120,38 +144,55 @@ class ContextPruner:
     ) -> list[PrunedContext]:
         """`prune` for many (question, passages) pairs: batches are built across questions."""
         budget = _budget(threshold, keep_ratio, max_tokens, tokenizer, top_k)
-        return self._prune(requests, budget, reorder)
+        return list(self._prune(requests, TOGETHER, budget, reorder))
 
     def stream(
         self,
         requests: Iterable[tuple[str, Sequence[PassageLike]]],
         *,
         batch_size: int = 32,
+        reorder: bool = True,
         **options: Any,
     ) -> Iterator[PrunedContext]:
-        """`prune_many` over any iterable: results in order, `batch_size` requests in memory.
+        """`prune_many` over any iterable: results in order, two batches of requests in memory.
 
-        `options` are those of `prune`.
+        The next `batch_size` requests are split and tokenised in a thread while the network reads
+        these. `options` are the budgets of `prune`.
         """
         if batch_size < 1:
             raise InputError(f"batch_size must be at least 1 request, got {batch_size}: try 32.")
-        iterator = iter(requests)
-        chunks = iter(lambda: list(islice(iterator, batch_size)), [])
-        return (result for chunk in chunks for result in self.prune_many(chunk, **options))
+        return self._prune(requests, batch_size, _budget(**options), reorder)
 
     def _prune(
         self,
         requests: Iterable[tuple[str, Sequence[PassageLike]]],
+        together: int,
         budget: Budget,
         reorder: bool,
-    ) -> list[PrunedContext]:
+    ) -> Iterator[PrunedContext]:
+        """Results in order; the requests are taken in the caller's thread, one batch ahead."""
+        iterator = iter(requests)
+        begun: deque[Future[Begun]] = deque()
+        with ThreadPoolExecutor(1, "prunekit-ahead") as thread:
+            for batch in iter(lambda: list(islice(iterator, together)), []):
+                begun.append(thread.submit(self._begin, batch))
+                if len(begun) == 2:
+                    yield from self._finish(begun.popleft().result(), budget, reorder)
+            while begun:
+                yield from self._finish(begun.popleft().result(), budget, reorder)
+
+    def _begin(self, requests: Iterable[tuple[str, Sequence[PassageLike]]]) -> Begun:
         read = [Request.read(question, passages) for question, passages in requests]
-        scored = self.scorer.score(read) if read else []
+        begin = getattr(self.scorer, "begin_score", None)
+        return read, begin(read) if begin else partial(self.scorer.score, read)
+
+    def _finish(self, begun: Begun, budget: Budget, reorder: bool) -> list[PrunedContext]:
+        read, score = begun
         return [
             PrunedContext.from_scores(
                 request, scores, budget, method=self.scorer.name, reorder=reorder
             )
-            for request, scores in zip(read, scored, strict=True)
+            for request, scores in zip(read, score(), strict=True)
         ]
 
 
@@ -178,11 +219,11 @@ def _folder(name_or_folder: str | Path | None) -> Path:
 
 
 def _budget(
-    threshold: float | None,
-    keep_ratio: float | None,
-    max_tokens: int | None,
-    tokenizer: Any,
-    top_k: int | None,
+    threshold: float | None = None,
+    keep_ratio: float | None = None,
+    max_tokens: int | None = None,
+    tokenizer: Any = None,
+    top_k: int | None = None,
 ) -> Budget:
     """The budget that was given, or the default threshold; checked before any model is called."""
     if threshold is None and keep_ratio is None and max_tokens is None:
