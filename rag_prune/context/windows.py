@@ -106,7 +106,8 @@ def batches(
     for i in order:
         width = lengths[batch[0]] if batch else lengths[i]
         padding += width - lengths[i]
-        if width * (len(batch) + 1) > tokens_per_batch or padding > padding_per_batch:
+        full = width * (len(batch) + 1) > tokens_per_batch
+        if batch and (full or padding > padding_per_batch):
             yield batch
             batch, padding = [], 0
         batch.append(i)
