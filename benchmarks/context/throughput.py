@@ -13,6 +13,7 @@ import argparse
 import random
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -211,7 +212,11 @@ def main() -> None:
         "late_over_ours_fast": over(seconds, "ours_fast", "late", 1),
         "computed_over_real_tokens": round(bare.computed / bare.real, 3),
         "seconds": {name: round(float(np.median(s)), 4) for name, s in seconds.items()},
-        "fast": {"multiplies_in": str(fast_dtype(torch.device("cpu"))), **agree},
+        "fast": {
+            "multiplies_in": str(fast_dtype(torch.device("cpu"))),
+            "openvino": find_spec("openvino") is not None,
+            **agree,
+        },
         "threads": torch.get_num_threads(),
         "provenance": provenance(),
     }

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -64,9 +65,9 @@ class ContextPruner:
                 `late`, `both`) or a baseline; the checkpoint's own choice by default.
             device: Where the network runs; a GPU when there is one by default.
             precision: What the network multiplies in. "fast" is bfloat16 (or float16 on a GPU
-                without it) where the device multiplies it faster, and float32 elsewhere: nearly
-                all decisions are the same, but scores move in their third digit, also with what
-                else is in a batch.
+                without it) where the device multiplies it faster, and float32 elsewhere; on a CPU
+                OpenVINO runs the network if it is installed. Nearly all decisions are the same, but
+                scores move in their third digit, also with what else is in a batch.
 
         Raises:
             InputError: A precision that is neither, a baseline with a model it has no use for.
@@ -93,7 +94,11 @@ class ContextPruner:
         checkpoint = load(_folder(name_or_folder))
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         checkpoint.model.to(place)
-        if precision == "fast":
+        if precision == "fast" and place.type == "cpu" and find_spec("openvino"):
+            from rag_prune.context.openvino import run_in_openvino
+
+            run_in_openvino(checkpoint.model)
+        elif precision == "fast":
             checkpoint = replace(checkpoint, multiply_in=fast_dtype(place))
         return cls(METHODS.get(method or checkpoint.settings.method)(checkpoint))
 
