@@ -195,7 +195,7 @@ def main() -> None:
             "equal": lengths(checkpoint.tokenizer, equal),
         },
         "passages_per_second": {
-            name: round(n["equal" if name.endswith("equal") else "mixed"] / np.median(s), 1)
+            name: round(n["equal" if name.endswith("equal") else "mixed"] / float(np.median(s)), 1)
             for name, s in seconds.items()
         },
         "times_as_fast": {
