@@ -192,6 +192,62 @@ def vllm_pooling() -> str:
     )
 
 
+def throughput() -> str:
+    t = results("throughput")
+
+    def ratio(figure: dict[str, float]) -> str:
+        return f"{figure['median']} ({figure['min']}–{figure['max']})"
+
+    rows = [
+        [
+            f"`{path}`",
+            str(t["passages_per_second"][path]),
+            *(
+                ratio(t["times_as_fast"][f"{path} / {peer}{form}"])
+                for form in ("", ", equal")
+                for peer in ("open_provence", "provence")
+            ),
+            ratio(t["over_matrices"][path]),
+        ]
+        for path in ("ours", "ours_fast")
+    ]
+    head = [
+        f"{t['passages']['mixed']} passages, {t['threads']} threads",
+        "passages a second",
+        "× OpenProvence's path",
+        "× Provence's path",
+        "equal lengths: × OpenProvence's",
+        "equal: × Provence's",
+        "over matrix time",
+    ]
+    return table(head, rows)
+
+
+def throughput_parts() -> str:
+    t = results("throughput")
+    s, of = t["seconds"], t["tokens_of_a_passage"]["mixed"]
+    late, fast = t["late_over_ours"], t["fast"]
+    lengths = ", ".join(f"{k} {of[k]}" for k in ("min", "p25", "median", "p75", "p95", "max"))
+    return table(
+        ["the same run", ""],
+        [
+            ["tokens of a passage", lengths],
+            ["computed over real tokens", str(t["computed_over_real_tokens"])],
+            ["splitting / matrix time", f"{100 * s['split'] / s['matrices']:.1f} %"],
+            ["tokenising / matrix time", f"{100 * s['tokenise'] / s['matrices']:.1f} %"],
+            [
+                "fast decides as float32",
+                f"{100 * fast['equal_decisions']:.2f} % of {fast['sentences']} sentences",
+            ],
+            ["the same best passage", f"{100 * fast['equal_best_passage']:.1f} %"],
+            [
+                "`late`, passages indexed, × `ours`",
+                f"{late['median']} ({late['min']}–{late['max']})",
+            ],
+        ],
+    )
+
+
 def install() -> str:
     rows = [
         [f"`{r['what']}`", str(r["packages"]), str(r["megabytes"]), str(r["seconds"]), r["torch"]]
@@ -225,6 +281,8 @@ TABLES = {
     "cost": cost,
     "vllm-middleware": vllm_middleware,
     "vllm-pooling": vllm_pooling,
+    "throughput": throughput,
+    "throughput-parts": throughput_parts,
     "install": install,
     "methods": methods,
 }

@@ -79,12 +79,14 @@ class Checkpoint:
     """A loaded pruner: network (float32, evaluation mode), fast tokenizer, settings.
 
     `fingerprint` names the weights, so that vectors made by others are not mistaken for its own.
+    `multiply_in` is the type that matrices are multiplied in; all else stays float32.
     """
 
     model: PrunerModel
     tokenizer: Any
     settings: Settings
     fingerprint: str
+    multiply_in: torch.dtype = torch.float32
 
 
 def save(

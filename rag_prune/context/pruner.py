@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from prune_core.errors import CheckpointError, InputError
 from rag_prune.context.result import Budget, PassageLike, PrunedContext, Request, Scores
 
 DEFAULT_THRESHOLD = 0.1
+TOGETHER = 64  # requests of `prune_many` that share batches; more of them save no more padding
+
+# Requests as read, and what scores them.
+Begun = tuple[list[Request], Callable[[], list[list[Scores]]]]
 
 
 class Scorer(Protocol):
-    """Whatever scores passages and their sentences: the engines, the baselines, yours."""
+    """Whatever scores passages and their sentences: the engines, the baselines, yours.
+
+    One that also has `begin_score(requests)`, which does what can be done ahead and returns a
+    function that does the rest, is asked for it in a thread while the requests before are scored.
+    """
 
     name: str
 
@@ -42,6 +55,7 @@ class ContextPruner:
         *,
         method: str | None = None,
         device: str | None = None,
+        precision: Literal["float32", "fast"] = "float32",
         **options: Any,
     ) -> ContextPruner:
         """Load a pruner.
@@ -53,16 +67,23 @@ class ContextPruner:
             method: A name from `prunekit methods`: one of the checkpoint's engines (`provence`,
                 `late`, `both`) or a baseline; the checkpoint's own choice by default.
             device: Where the network runs; a GPU when there is one by default.
+            precision: What the network multiplies in. "fast" is bfloat16 (or float16 on a GPU
+                without it) where the device multiplies it faster, and float32 elsewhere; on a CPU
+                OpenVINO runs the network if it is installed. Nearly all decisions are the same, but
+                scores move in their third digit, also with what else is in a batch.
             options: Of the method's class, such as `force_reserve_digit` for `llmlingua2`.
 
         Raises:
             CheckpointError: No such folder, weights that are not safetensors or not the
                 family's, remote code in a checkpoint of ours.
-            InputError: A method that the checkpoint is not of.
+            InputError: A precision that is neither, a method that the checkpoint is not of, a
+                baseline with a model it has no use for.
             UnknownName: An unknown method.
         """
         from rag_prune import METHODS
 
+        if precision not in ("float32", "fast"):
+            raise InputError(f"precision must be 'float32' or 'fast', got {precision!r}.")
         if method is not None and METHODS.row(method).family == "baseline":
             model = {} if name_or_folder is None else {"model": str(name_or_folder)}
             if model and method != "embedding":
@@ -74,6 +95,7 @@ class ContextPruner:
         import torch
 
         from rag_prune.context.checkpoints import load, read_config
+        from rag_prune.context.model import fast_dtype
         from rag_prune.context.released import family
 
         folder = checkpoint_folder(name_or_folder)
@@ -94,7 +116,14 @@ class ContextPruner:
         else:
             checkpoint = load(folder)
             engine = METHODS.get(method or checkpoint.settings.method)
-        checkpoint.model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        checkpoint.model.to(place)
+        if precision == "fast" and place.type == "cpu" and not released and find_spec("openvino"):
+            from rag_prune.context.openvino import run_in_openvino
+
+            run_in_openvino(checkpoint.model)
+        elif precision == "fast":
+            checkpoint = replace(checkpoint, multiply_in=fast_dtype(place))
         return cls(engine(checkpoint, **options))
 
     def prune(
@@ -128,7 +157,7 @@ class ContextPruner:
                 its range.
         """
         budget = self._budget(threshold, keep_ratio, max_tokens, tokenizer, top_k)
-        [result] = self._prune([(question, passages)], budget, reorder)
+        [result] = self._finish(self._begin([(question, passages)]), budget, reorder)
         return result
 
     def prune_many(
@@ -144,32 +173,32 @@ class ContextPruner:
     ) -> list[PrunedContext]:
         """`prune` for many (question, passages) pairs: batches are built across questions."""
         budget = self._budget(threshold, keep_ratio, max_tokens, tokenizer, top_k)
-        return self._prune(requests, budget, reorder)
+        return list(self._prune(requests, TOGETHER, budget, reorder))
 
     def stream(
         self,
         requests: Iterable[tuple[str, Sequence[PassageLike]]],
         *,
         batch_size: int = 32,
+        reorder: bool = True,
         **options: Any,
     ) -> Iterator[PrunedContext]:
-        """`prune_many` over any iterable: results in order, `batch_size` requests in memory.
+        """`prune_many` over any iterable: results in order, two batches of requests in memory.
 
-        `options` are those of `prune`.
+        The next `batch_size` requests are split and tokenised in a thread while the network reads
+        these. `options` are the budgets of `prune`.
         """
         if batch_size < 1:
             raise InputError(f"batch_size must be at least 1 request, got {batch_size}: try 32.")
-        iterator = iter(requests)
-        chunks = iter(lambda: list(islice(iterator, batch_size)), [])
-        return (result for chunk in chunks for result in self.prune_many(chunk, **options))
+        return self._prune(requests, batch_size, self._budget(**options), reorder)
 
     def _budget(
         self,
-        threshold: float | None,
-        keep_ratio: float | None,
-        max_tokens: int | None,
-        tokenizer: Any,
-        top_k: int | None,
+        threshold: float | None = None,
+        keep_ratio: float | None = None,
+        max_tokens: int | None = None,
+        tokenizer: Any = None,
+        top_k: int | None = None,
     ) -> Budget:
         """The budget that was given, or the default threshold; checked before a model is called."""
         if threshold is None and keep_ratio is None and max_tokens is None:
@@ -179,16 +208,33 @@ class ContextPruner:
     def _prune(
         self,
         requests: Iterable[tuple[str, Sequence[PassageLike]]],
+        together: int,
         budget: Budget,
         reorder: bool,
-    ) -> list[PrunedContext]:
+    ) -> Iterator[PrunedContext]:
+        """Results in order; the requests are taken in the caller's thread, one batch ahead."""
+        iterator = iter(requests)
+        begun: deque[Future[Begun]] = deque()
+        with ThreadPoolExecutor(1, "prunekit-ahead") as thread:
+            for batch in iter(lambda: list(islice(iterator, together)), []):
+                begun.append(thread.submit(self._begin, batch))
+                if len(begun) == 2:
+                    yield from self._finish(begun.popleft().result(), budget, reorder)
+            while begun:
+                yield from self._finish(begun.popleft().result(), budget, reorder)
+
+    def _begin(self, requests: Iterable[tuple[str, Sequence[PassageLike]]]) -> Begun:
         read = [Request.read(question, passages) for question, passages in requests]
-        scored = self.scorer.score(read) if read else []
+        begin = getattr(self.scorer, "begin_score", None)
+        return read, begin(read) if begin else partial(self.scorer.score, read)
+
+    def _finish(self, begun: Begun, budget: Budget, reorder: bool) -> list[PrunedContext]:
+        read, score = begun
         return [
             PrunedContext.from_scores(
                 request, scores, budget, method=self.scorer.name, reorder=reorder
             )
-            for request, scores in zip(read, scored, strict=True)
+            for request, scores in zip(read, score(), strict=True)
         ]
 
 

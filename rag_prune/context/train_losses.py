@@ -10,13 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rag_prune.context.model import KEEP, RELEVANCE, PrunerModel, alone_ids, joint_ids, pad
+from rag_prune.context.model import (
+    KEEP,
+    RELEVANCE,
+    PrunerModel,
+    alone_ids,
+    fast_bfloat16,
+    joint_ids,
+    pad,
+)
 from rag_prune.context.train_rows import IGNORED, Piece
-
-
-def fast_bfloat16() -> bool:
-    """Whether this processor multiplies bfloat16 itself; elsewhere it is many times slower."""
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def _token_targets(pieces: Sequence[Piece], width: int) -> tuple[Tensor, Tensor]:

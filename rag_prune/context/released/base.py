@@ -7,6 +7,7 @@ import json
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from prune_core.errors import CheckpointError
 from rag_prune.context.checkpoints import Settings, weight_files
 from rag_prune.context.engine import Engine, Floats
 from rag_prune.context.model import KEEP, RELEVANCE
-from rag_prune.context.result import Request
+from rag_prune.context.result import Request, Scores
 from rag_prune.context.windows import Tokens, encode_plain
 
 _NAMED = 12  # tensors that an error lists before it counts the others
@@ -44,6 +45,7 @@ class Released:
     settings: Settings
     config: dict[str, Any]
     fingerprint: str
+    multiply_in: torch.dtype = torch.float32
 
 
 class ReleasedEngine(Engine):
@@ -92,6 +94,14 @@ class ReleasedEngine(Engine):
         model.eval()
         settings = Settings(window=window)
         return Released(model, tokenizer(folder), settings, config, digest.hexdigest()[:16])
+
+    @abstractmethod
+    def score(self, requests: Sequence[Request]) -> list[list[Scores]]:
+        """For each request its passages' scores by the family's own rule."""
+
+    def begin_score(self, requests: Sequence[Request]) -> Callable[[], list[list[Scores]]]:
+        """`score` in one step."""
+        return partial(self.score, requests)
 
     def logits(self, requests: Sequence[Request]) -> list[list[tuple[Floats, float]]]:
         """The scores as logits: what a calibration starts from."""
