@@ -49,11 +49,11 @@ Question: {question}
 {title}Passage, one numbered sentence a line:
 {sentences}
 
-Answer the question from these sentences and from nothing else that you know. Reply with JSON:
-{{"answer": "…", "sentences": [numbers]}}
-"answer" is as short as it can be, in the passage's own words. "sentences" are the numbers of all \
-sentences that someone must read to give this answer and be sure of it, and of no others. If the \
-sentences do not answer the question, reply {{"answer": null, "sentences": []}}"""
+Answer the question from these sentences and from nothing else that you know. Reply with JSON: \
+"answer" is as short as it can be, in the passage's own words; "sentences" lists the numbers of \
+all sentences that someone must read to give this answer and be sure of it, and of no others. If \
+the sentences do not answer the question, reply {{"answer": null, "sentences": []}}"""
+LONGEST_ANSWER = 200  # characters; a model that rambles stops there
 
 _NOTHING = ("", "null", "no answer")  # how some models spell null inside a string
 # Scripts that do not put spaces between words: each character counts as one.
@@ -195,24 +195,35 @@ def prompt(question: str, title: str | None, sentences: Sequence[str]) -> Prompt
         title=f"Title: {title}\n\n" if title else "",
         sentences="\n".join(lines),
     )
-    numbers = list(range(1, len(sentences) + 1))
-    return Prompt(
-        readable(text),
-        {
+    return Prompt(readable(text), _schema(len(sentences)))
+
+
+def _schema(n_sentences: int) -> dict[str, Any]:
+    """Of a reply: an answer with at least one citation, or neither.
+
+    The numbers are listed and nothing asks for unique ones, as servers differ in whether they heed
+    `minimum` and `maximum`, and xgrammar does not know `uniqueItems`.
+    """
+
+    def form(answer: dict[str, Any], **bounds: int) -> dict[str, Any]:
+        numbers = {"type": "integer", "enum": list(range(1, n_sentences + 1))}
+        return {
             "type": "object",
             "properties": {
-                "answer": {"type": ["string", "null"]},
-                # Listed, as servers differ in whether they heed `minimum` and `maximum`.
-                "sentences": {
-                    "type": "array",
-                    "items": {"type": "integer", "enum": numbers},
-                    "maxItems": len(numbers),
-                },
+                "answer": answer,
+                "sentences": {"type": "array", "items": numbers, **bounds},
             },
             "required": ["answer", "sentences"],
             "additionalProperties": False,
-        },
-    )
+        }
+
+    text = {"type": "string", "minLength": 1, "maxLength": LONGEST_ANSWER}
+    return {
+        "anyOf": [
+            form(text, minItems=1, maxItems=n_sentences),
+            form({"type": "null"}, maxItems=0),
+        ]
+    }
 
 
 def read_reply(text: str, n_sentences: int) -> tuple[str | None, tuple[int, ...]] | None:

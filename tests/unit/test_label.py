@@ -78,8 +78,10 @@ def test_a_prompt_numbers_the_sentences_and_its_schema_knows_no_others() -> None
     assert asked.text.startswith("Question: Who?\n\nTitle: Marie\ufffd\n\nPassage")
     assert "\n[1] One.\n[2] Two [7] and on.\n\nAnswer" in asked.text
     assert "Title" not in prompt("Who?", None, ["One."]).text
-    numbers = asked.schema["properties"]["sentences"]
-    assert (numbers["items"]["enum"], numbers["maxItems"]) == ([1, 2], 2)
+    answered, none = asked.schema["anyOf"]
+    numbers = answered["properties"]["sentences"]
+    assert (numbers["items"]["enum"], numbers["minItems"], numbers["maxItems"]) == ([1, 2], 1, 2)
+    assert none["properties"]["sentences"]["maxItems"] == 0
 
 
 @pytest.mark.parametrize(
