@@ -172,6 +172,12 @@ def load(folder: Path) -> Checkpoint:
     return Checkpoint(model.float().eval(), tokenizer, settings, digest.hexdigest()[:16])
 
 
+def is_pruner(folder: Path) -> bool:
+    """Whether the folder says that it is a checkpoint of ours."""
+    file = folder / "config.json"
+    return file.is_file() and '"prunekit"' in file.read_text(encoding="utf-8", errors="replace")
+
+
 def _read_config(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
     if not folder.is_dir():

@@ -129,6 +129,17 @@ class Scored:
         """nDCG@k with one right passage a task."""
         return float(np.where(self.rank <= k, 1 / np.log2(1 + self.rank), 0).mean())
 
+    @property
+    def ece(self) -> float:
+        """Expected calibration error of the sentences' probabilities, in 15 equal bins.
+
+        Guo et al., On calibration of modern neural networks, 2017, arXiv:1706.04599, eq. 3: how far
+        the share of evidence in a bin is from its mean probability, weighted by sentences.
+        """
+        number = np.minimum((self.score * 15).astype(int), 14)
+        gaps = np.bincount(number, self.score - self.evidence, minlength=15)
+        return float(np.abs(gaps).sum() / len(self.score))
+
     def resample(self, rng: np.random.Generator) -> Scored:
         """The same measurement on tasks drawn with replacement."""
         n = len(self.rank)
@@ -182,7 +193,7 @@ def measure(
     def figures(s: Scored) -> dict[str, float]:
         out = {"recall": s.recall(threshold), "compression": s.compression(threshold)}
         out |= {f"compression_at_{r:.2f}": s.compression(s.threshold_at(r)) for r in RECALLS}
-        return out | {"mrr": s.mrr, "ndcg@5": s.ndcg(5)}
+        return out | {"mrr": s.mrr, "ndcg@5": s.ndcg(5), "ece": s.ece}
 
     rng = np.random.default_rng(seed)
     drawn = [figures(scored.resample(rng)) for _ in range(resamples)]

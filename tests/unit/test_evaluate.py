@@ -76,6 +76,14 @@ def test_mrr_and_ndcg() -> None:
     assert ranks.ndcg(11) == pytest.approx((1 + 1 / log2(3.5) + 1 / log2(12)) / 3)
 
 
+def test_calibration_error() -> None:
+    """Bins of 1/15: two sentences near 0.1 with none of the evidence, two near 0.9 with one."""
+    score = np.array([0.10, 0.12, 0.90, 0.92, 1.0])
+    evidence = np.array([False, False, True, False, True])
+    scored = Scored(score, np.ones(5), np.zeros(5, dtype=int), evidence, np.ones(1))
+    assert scored.ece == pytest.approx((0.22 + 0.82 + 0.0) / 5)
+
+
 def test_resampling_draws_whole_tasks() -> None:
     drawn = SCORED.resample(np.random.default_rng(0))
     assert len(drawn.rank) == 2
@@ -236,6 +244,7 @@ def test_measure_gives_every_figure_with_an_interval_around_it() -> None:
         "compression_at_0.98",
         "mrr",
         "ndcg@5",
+        "ece",
     ]
     for figure in figures.values():
         low, high = figure["interval"]
