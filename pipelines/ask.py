@@ -131,9 +131,7 @@ class AskVllm:
 
     def __call__(self, prompts: Sequence[Prompt]) -> Iterator[tuple[int, Reply]]:
         """Yield the replies, a batch at a time; a prompt that is too long is `refused`."""
-        from vllm import SamplingParams
-        from vllm.sampling_params import StructuredOutputsParams
-
+        sampling: Any = import_module("vllm.sampling_params")
         tokenizer = self.llm.get_tokenizer()
         longest = self.llm.llm_engine.model_config.max_model_len - MAX_NEW_TOKENS
         for first in range(0, len(prompts), self.batch):
@@ -146,9 +144,9 @@ class AskVllm:
                     continue
                 numbers.append(i)
                 inputs.append({"prompt_token_ids": ids})
-                form = StructuredOutputsParams(json=prompt.schema)
+                form = sampling.StructuredOutputsParams(json=prompt.schema)
                 params.append(
-                    SamplingParams(
+                    sampling.SamplingParams(
                         temperature=0, max_tokens=MAX_NEW_TOKENS, structured_outputs=form
                     )
                 )

@@ -28,7 +28,7 @@ app = typer.Typer(
 class _OrPrune(typer.core.TyperGroup):
     """`prunekit context` prunes, unless its first word is one of its commands."""
 
-    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         named = args[:1] and (args[0] in self.commands or args[0] in ctx.help_option_names)
         return super().parse_args(ctx, args if named else ["prune", *args])
 
@@ -179,14 +179,14 @@ def train(
 ) -> None:
     """Train a pruner on rows of question, passage and evidence.
 
-    An option of this command overrides the recipe's. Only the folder of the finished pruner goes
-    to standard output.
+    The same command goes on where it was stopped. Options override the recipe's fields. With --dev
+    the report says how much evidence is kept, how much text dropped, and how the passages rank.
     """
     from prune_core.recipe import load_recipe
     from rag_prune.context import train as training
 
     config = load_recipe(recipe, training.TrainConfig) if recipe else training.TrainConfig()
-    given = {
+    given: dict[str, Any] = {
         "steps": steps,
         "questions": questions,
         "learning_rate": learning_rate,
@@ -205,6 +205,8 @@ def train(
         int8=int8,
     )
     typer.echo(folder)
+    if report := training.report(out):
+        typer.echo(report, err=True)
 
 
 @rag_app.command("ask")

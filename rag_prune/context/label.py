@@ -37,7 +37,8 @@ from prune_core.provenance import provenance
 from prune_core.storage import Shards, StrPath, atomic_write, read_jsonl, write_json
 from rag_prune.context.evaluate import contains, normalise_answer, token_f1
 from rag_prune.context.highlight import write_page
-from rag_prune.context.result import Budget, Passage, PrunedContext, Request, Scores, readable
+from rag_prune.context.result import Budget, Passage, PrunedContext, Request, Scores
+from rag_prune.context.sentences import readable
 
 SAME = 0.5  # token F1 of two answers that say the same; share of an answer's words in its evidence
 NO_ANSWER_WEIGHT = 0.5  # of a passage that does not answer, beside 1 for one that does
@@ -159,7 +160,7 @@ def read_items(path: StrPath) -> list[Item]:
     `passages` is a list of strings, or of objects with `text` and maybe `title`; a row may hold
     `answers` that are known. Raises InputError, naming the line, for anything else.
     """
-    items = []
+    items: list[Item] = []
     for number, row in enumerate(read_jsonl(path), 1):
         try:
             items += _items(row)

@@ -219,11 +219,10 @@ class StandIn:
 @pytest.fixture
 def no_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     """The two classes that a call needs, as records of their arguments."""
-    whole, part = ModuleType("vllm"), ModuleType("vllm.sampling_params")
-    whole.SamplingParams = SimpleNamespace  # type: ignore[attr-defined]
-    part.StructuredOutputsParams = SimpleNamespace  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "vllm", whole)
-    monkeypatch.setitem(sys.modules, "vllm.sampling_params", part)
+    module = ModuleType("vllm.sampling_params")
+    module.SamplingParams = module.StructuredOutputsParams = SimpleNamespace  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "vllm", ModuleType("vllm"))
+    monkeypatch.setitem(sys.modules, "vllm.sampling_params", module)
 
 
 @pytest.mark.usefixtures("no_vllm")
