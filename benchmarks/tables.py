@@ -157,6 +157,28 @@ def cost() -> str:
     )
 
 
+def labels() -> str:
+    r = results("labels")
+    chosen = r["agreement_with_people"]
+    names = {
+        "first look": f"`{r['labelling']['model']}`, first look",
+        "verified": f"`{r['labelling']['model']}`, verified",
+        "bundled pruner": "the bundled pruner's best sentence",
+        "bm25": "BM25's best sentence",
+        "first sentence": "the first sentence",
+        "random sentence": "a random sentence",
+        "every sentence": "every sentence",
+    }
+    return table(
+        ["sentences, beside those that people marked", "passages", "precision", "recall", "F1"],
+        [
+            [shown, str(f["passages"]), *(f"{f[k]:.2f}" for k in ("precision", "recall", "f1"))]
+            for name, shown in names.items()
+            for f in [chosen[name]]
+        ],
+    )
+
+
 def install() -> str:
     rows = [
         [f"`{r['what']}`", str(r["packages"]), str(r["megabytes"]), str(r["seconds"]), r["torch"]]
@@ -188,6 +210,7 @@ TABLES = {
     "quality-full": quality_full,
     "answers": answers,
     "cost": cost,
+    "labels": labels,
     "install": install,
     "methods": methods,
 }

@@ -19,7 +19,7 @@ from pipelines.language_model import Endpoint
 from prune_core.provenance import provenance
 from prune_core.storage import read_jsonl, write_json
 from rag_prune import ContextPruner
-from rag_prune.context.label import Item, label
+from rag_prune.context.label import Item, Label, label
 from rag_prune.context.result import Passage
 from rag_prune.context.sentences import touched
 
@@ -39,6 +39,11 @@ def agreement(chosen: list[set[int]], marked: list[set[int]]) -> dict[str, float
             sum(a == b for a, b in zip(chosen, marked, strict=True)) / max(1, len(chosen)), 3
         ),
     }
+
+
+def says_no_answer(one: Label) -> bool:
+    """Whether the model's first reply was that the passage does not answer."""
+    return one.answer is None and not one.cited and one.outcome not in ("refused", "malformed")
 
 
 def best_sentences(items: list[Item], method: str) -> list[set[int]]:
@@ -103,10 +108,10 @@ def main() -> None:
         "agreement_with_people": figures,
         "passed_verification": round(len(held) / len(own), 3),
         "own_passage_said_to_hold_no_answer": round(
-            np.mean([one.outcome == "no answer" for one in found]), 3
+            np.mean([says_no_answer(one) for one in found]), 3
         ),
         "foreign_passage_said_to_hold_no_answer": round(
-            np.mean([one.outcome == "no answer" for one in foreign]), 3
+            np.mean([says_no_answer(one) for one in foreign]), 3
         ),
         "foreign_passage_labelled_as_answering": round(
             np.mean([one.outcome == "answered" for one in foreign]), 3

@@ -4,15 +4,17 @@ Paper: Provence: efficient and robust context pruning for retrieval-augmented ge
     arXiv:2501.16214, §3: a model answers a question from numbered sentences and cites those it
     used; what it cites is the label.
 Differs from the paper: the reply is JSON of a given form instead of free text; sentences are those
-    of our splitter, which the pruner is trained on; and a label counts only when it passes
+    of our splitter, which the pruner is trained on; and an answer counts only when it is
 
-    supported    half of the answer's words stand in the cited sentences
+    supported    half of its words stand in the cited sentences
     sufficient   asked with the cited sentences alone, the model gives the same answer
     necessary    asked with all the others alone, it finds no answer
 
-    A row that fails one is dropped, not kept without weight: a passage that answers somewhere else
-    would teach its other sentences, and its use as a passage that does not answer, wrongly.
-Cost: one prompt a passage; two more, together about as long, where it answers.
+    while "no answer" counts only where the answer is known, from the row or from another passage
+    of the question, and does not stand in the passage: a weak model overlooks most answers.
+    What fails is dropped, not kept without weight: rows without weight still serve the trainer as
+    passages that do not answer, and whether they do is what is in doubt.
+Cost: one prompt a passage; where it answers two more, whose passages together are one.
 """
 
 from __future__ import annotations
@@ -23,9 +25,9 @@ import json
 import re
 import reprlib
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -68,18 +70,22 @@ Outcome = Literal[
     "uncited",
     "contradicts",
     "unsupported",
+    "indiscriminate",
     "insufficient",
     "unnecessary",
+    "unconfirmed",
 ]
 KEPT: tuple[Outcome, ...] = ("answered", "no answer")
 DROPPED: dict[Outcome, str] = {
     "refused": "the model could not read the prompt",
     "malformed": "the reply is not the JSON asked for, or names a sentence that is not there",
     "uncited": "it answers without citing, or cites without an answer",
-    "contradicts": "it differs from the answers that came with the row",
+    "contradicts": "it differs from the answer that is known, or overlooks it",
     "unsupported": "the answer does not stand in the cited sentences",
+    "indiscriminate": "it cites every sentence, so that no second look could tell",
     "insufficient": "the cited sentences alone give another answer, or none",
     "unnecessary": "the other sentences answer without the cited ones",
+    "unconfirmed": "it finds no answer here, and none in another passage of the question",
 }
 
 
@@ -273,6 +279,7 @@ def label(items: Sequence[Item], ask: Ask, folder: StrPath, *, progress: bool = 
     answers = iter(replies.get([p for pair in pairs for p in pair], "checking"))
     for i, pair in zip(doubtful, pairs, strict=True):
         labels[i] = _second_look(labels[i], [next(answers) for _ in pair])
+    _confirm(labels)
     return Labels(labels, replies.cost(), ask.name)
 
 
@@ -305,6 +312,8 @@ def _first_look(item: Item, reply: Reply) -> Label:
         looks["supported"] = _supports(evidence, answer)
         if not looks["supported"]:
             outcome = "unsupported"
+        elif len(cited) == len(passage.spans) > 1:
+            outcome = "indiscriminate"
     return Label(item, outcome, answer, cited, looks)
 
 
@@ -331,6 +340,21 @@ def _second_look(found: Label, replies: Sequence[Reply]) -> Label:
     elif not looks.get("necessary", True):
         outcome = "unnecessary"
     return Label(found.item, outcome, found.answer, found.cited, looks)
+
+
+def _confirm(labels: list[Label]) -> None:
+    """Let "no answer" stand only beside an answer that is known and not in the passage."""
+    answers: defaultdict[str, list[str]] = defaultdict(list)
+    for found in labels:
+        if found.outcome == "answered" and found.answer:
+            answers[found.item.question].append(found.answer)
+    for i, found in enumerate(labels):
+        if found.outcome == "no answer" and not found.item.answers:
+            known = answers[found.item.question]
+            if any(_holds(found.item.passage.text, answer) for answer in known):
+                labels[i] = replace(found, outcome="contradicts")
+            elif not known:
+                labels[i] = replace(found, outcome="unconfirmed")
 
 
 def _spaced(text: str) -> str:

@@ -472,7 +472,9 @@ def test_context_prunes_whether_or_not_it_says_so(run: Run) -> None:
 def test_labels_from_a_server(run: Run, reader: Any, tmp_path: Path) -> None:
     reader.said = json.dumps({"answer": None, "sentences": []})
     source, out = tmp_path / "questions.jsonl", tmp_path / "rows.jsonl"
-    source.write_bytes(jsonl({"question": "Who cycles?", "passages": [CURIE, PARIS]}))
+    source.write_bytes(
+        jsonl({"question": "Who cycles?", "passages": [CURIE, PARIS], "answers": ["Pierre"]})
+    )
     server = ("--endpoint", reader.url, "--llm", "big", "--api-key", "secret")
     ran = run("context", "label", source, "--out", out, *server)
     assert (ran.code, ran.out) == (0, "")

@@ -190,7 +190,14 @@ def test_a_label_that_does_not_hold_is_dropped_with_its_reason(
     assert found.outcome in DROPPED
 
 
-def test_where_everything_is_cited_nothing_is_left_to_ask(tmp_path: Path) -> None:
+def test_who_cites_everything_says_nothing(tmp_path: Path) -> None:
+    model = Scripted(lambda s: said("Pierre", *range(1, len(s) + 1)))
+    [found] = label([item()], model, tmp_path, progress=False).labels
+    assert found.outcome == "indiscriminate"
+    assert len(model.asked) == 1
+
+
+def test_of_one_sentence_nothing_is_left_to_ask(tmp_path: Path) -> None:
     model = Scripted(good)
     whole = item("Pierre found radium.")
     [found] = label([whole], model, tmp_path, progress=False).labels
@@ -207,6 +214,19 @@ def test_known_answers_overrule_the_model(tmp_path: Path) -> None:
     found = run(lambda _: said(None), tmp_path / "none", answers=("1903",))
     assert found.outcome == "no answer"
     assert found.row()["answers"] == ["1903"]
+
+
+def test_no_answer_counts_only_beside_an_answer_that_is_known(tmp_path: Path) -> None:
+    overlooks = "In 1898 Pierre Curie found it. It glows."
+    texts = [CURIE, "Nothing here. Nor here.", overlooks]
+    items = [*map(item, texts), item("Nothing here. Nor here.", question="Who cycles?")]
+    labels = label(items, Scripted(good), tmp_path, progress=False).labels
+    assert [found.outcome for found in labels] == [
+        "answered",
+        "no answer",
+        "contradicts",
+        "unconfirmed",
+    ]
 
 
 def test_answers_without_spaces_between_words_and_yes_or_no(tmp_path: Path) -> None:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForTokenClassification, AutoTokenizer
 
-from prune_core.errors import CheckpointError
+from prune_core.errors import CheckpointError, InputError
 from rag_prune import ContextPruner
 from rag_prune.context.checkpoints import ENGINES, load
 from rag_prune.context.evaluate import build_tasks, score_tasks
 from rag_prune.context.model import joint_ids
 from rag_prune.context.train import TrainConfig, train
 from rag_prune.context.windows import encode_plain
-from tiny import toy_encoder, toy_rows, write_rows
+from tiny import toy_encoder, toy_rows, toy_tokenizer, write_rows
 
 FAMILIES = ("bert", "roberta", "xlm-roberta", "modernbert", "deberta-v2")
 STEPS = TrainConfig(
@@ -98,6 +99,35 @@ def test_int8_rows_hold_in_every_family(run: Path, tmp_path: Path) -> None:
         for folder in (exact, small / "model")
     ]
     assert abs(scores[0] - scores[1]).max() < 0.05
+
+
+def test_nothing_is_dropped_at_random(run: Path) -> None:
+    model = load(run / "model").model.train()
+    ids = torch.arange(5, 25).unsqueeze(0)
+    first, second = (model.joint(ids, torch.ones_like(ids)) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_rows_longer_than_the_encoder_reads_are_refused_at_once(
+    tmp_path: Path, family: str
+) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", toy_rows(20))
+    base = toy_encoder(tmp_path / "encoder", family)
+    for max_tokens in (161, 256):
+        with pytest.raises(InputError, match=f"cannot read {max_tokens} tokens at once"):
+            train(replace(STEPS, max_tokens=max_tokens), rows, base, tmp_path / "run")
+    train(replace(STEPS, steps=1, max_tokens=160), rows, base, tmp_path / "run")
+
+
+def test_a_tokenizer_without_the_tokens_of_an_encoder_is_refused(tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", toy_rows(20))
+    base = Path(toy_encoder(tmp_path / "encoder"))
+    tokenizer = toy_tokenizer()
+    tokenizer.sep_token = None
+    tokenizer.save_pretrained(base)
+    with pytest.raises(CheckpointError, match=r"between two texts \(sep\)"):
+        train(STEPS, rows, str(base), tmp_path / "run")
 
 
 def test_an_encoder_whose_weights_are_pickled_is_refused(tmp_path: Path) -> None:
