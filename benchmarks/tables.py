@@ -172,9 +172,12 @@ def labels() -> str:
     return table(
         ["sentences, beside those that people marked", "passages", "precision", "recall", "F1"],
         [
-            [shown, str(f["passages"]), *(f"{f[k]:.2f}" for k in ("precision", "recall", "f1"))]
+            [shown, str(chosen[name]["passages"])]
+            + [
+                "–" if (share := chosen[name][figure]) is None else f"{share:.2f}"
+                for figure in ("precision", "recall", "f1")
+            ]
             for name, shown in names.items()
-            for f in [chosen[name]]
         ],
     )
 

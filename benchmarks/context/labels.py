@@ -26,18 +26,21 @@ from rag_prune.context.sentences import touched
 OUT = Path(__file__).parent / "results" / "labels.json"
 
 
-def agreement(chosen: list[set[int]], marked: list[set[int]]) -> dict[str, float | int]:
-    """Precision, recall and F1 of sentences over all passages, and the passages fully right."""
+def agreement(chosen: list[set[int]], marked: list[set[int]]) -> dict[str, float | None]:
+    """Precision, recall and F1 of sentences over all passages, and the share that is all right."""
     right = sum(len(a & b) for a, b in zip(chosen, marked, strict=True))
     cited, human = sum(map(len, chosen)), sum(map(len, marked))
+    same = sum(a == b for a, b in zip(chosen, marked, strict=True))
+
+    def share(part: int, whole: int) -> float | None:
+        return round(part / whole, 3) if whole else None
+
     return {
         "passages": len(chosen),
-        "precision": round(right / max(1, cited), 3),
-        "recall": round(right / max(1, human), 3),
-        "f1": round(2 * right / max(1, cited + human), 3),
-        "exact": round(
-            sum(a == b for a, b in zip(chosen, marked, strict=True)) / max(1, len(chosen)), 3
-        ),
+        "precision": share(right, cited),
+        "recall": share(right, human),
+        "f1": share(2 * right, cited + human),
+        "exact": share(same, len(chosen)),
     }
 
 

@@ -249,6 +249,7 @@ def test_without_vllm_the_line_that_installs_it(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # vLLM's own
 def test_a_real_model_keeps_to_the_schema(monkeypatch: pytest.MonkeyPatch) -> None:
     """vLLM with the demo's model: every reply is read, and its numbers are those of sentences."""
     pytest.importorskip("vllm")
