@@ -11,8 +11,8 @@ from rag_prune.context.pruner import Scorer
 
 # Modules of rag_prune.context that are no method: what methods are made of and measured with.
 PARTS = (
-    *("calibrate", "checkpoints", "engine", "evaluate", "highlight", "model", "pruner", "result"),
-    *("sentences", "train", "train_losses", "train_rows", "windows"),
+    *("calibrate", "checkpoints", "engine", "evaluate", "highlight", "label", "model", "pruner"),
+    *("result", "sentences", "train", "train_losses", "train_rows", "windows"),
 )
 
 QUESTION = "Who found radium in 1898?"
