@@ -68,7 +68,7 @@ def demo() -> str:
 
 def quality() -> str:
     groups = results("quality")["groups"]
-    easy, hard = groups["qed, random distractors"], groups["qed, hard distractors"]
+    easy, hard = groups["qed, random distractors"], groups["qed, bm25 distractors"]
     rows = [
         [
             f"`{name}`",
@@ -96,12 +96,14 @@ def quality_full() -> str:
             "compression",
             *(f"compression_at_{r}" for r in ("0.90", "0.95", "0.98")),
             "mrr",
+            "ece",
         ]
         rows = [
             [f"`{name}`", *(with_interval(m[n]) for n in names)]
             for name, m in group["methods"].items()
         ]
-        head = ["", "recall at 0.1", "dropped at 0.1", "dropped at .90", "at .95", "at .98", "MRR"]
+        head = ["", "recall at 0.1", "dropped at 0.1", "dropped at .90", "at .95", "at .98"]
+        head += ["MRR", "calibration error"]
         out.append(
             f"**{title}** (n = {group['tasks']}; an oracle drops {group['oracle']:.3f})\n\n"
             + table(head, rows)
@@ -182,6 +184,39 @@ def labels() -> str:
     )
 
 
+def vllm_middleware() -> str:
+    report = results("vllm_middleware")
+    names = {"retrieved": "each with its own documents", "fixed": "all with the same documents"}
+    rows = []
+    for name, what in names.items():
+        r = report[name]
+        for figure, digits in (("prompt_tokens", 0), ("seconds", 2)):
+            rows.append(
+                [
+                    f"{r['requests']} requests, {what}: {figure.replace('_', ' ')}",
+                    f"{r['full'][figure]['value']:.{digits}f}",
+                    f"{r['pruned'][figure]['value']:.{digits}f}",
+                    with_interval(r["pruned_over_full"][figure], digits=2),
+                    f"{r['pruned']['pruner_milliseconds']['value']:.0f} ms",
+                ]
+            )
+    head = ["with 95 % intervals", "full", "pruned", "pruned / full", "in the pruner"]
+    return table(head, rows)
+
+
+def vllm_pooling() -> str:
+    r = results("vllm_pooling")
+    ratio = r["hosted_over_in_process_seconds"]
+    return table(
+        [f"{r['passages']} passages, hosted against in process", ""],
+        [
+            ["sentence decisions equal", f"{r['decisions_equal']} of {r['sentences']}"],
+            ["largest difference of logits", f"{r['max_logit_difference']:.1e}"],
+            ["seconds, hosted / in process", f"{ratio['median']} ({ratio['min']}–{ratio['max']})"],
+        ],
+    )
+
+
 def install() -> str:
     rows = [
         [f"`{r['what']}`", str(r["packages"]), str(r["megabytes"]), str(r["seconds"]), r["torch"]]
@@ -214,6 +249,8 @@ TABLES = {
     "answers": answers,
     "cost": cost,
     "labels": labels,
+    "vllm-middleware": vllm_middleware,
+    "vllm-pooling": vllm_pooling,
     "install": install,
     "methods": methods,
 }

@@ -15,7 +15,7 @@ from typing import IO, Annotated, Any
 
 import typer
 
-from prune_core.errors import InputError, PruneError
+from prune_core.errors import InputError, PruneError, require
 
 app = typer.Typer(
     help="Shed what a RAG stack does not need, and see exactly what was dropped.",
@@ -207,6 +207,52 @@ def train(
     typer.echo(folder)
     if report := training.report(out):
         typer.echo(report, err=True)
+
+
+@app.command("serve-context")
+def serve_context(
+    model: Model = None,
+    method: MethodName = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")] = 8080,
+    api_key: Annotated[
+        str | None,
+        typer.Option(envvar="PRUNEKIT_API_KEY", help="Ask clients for this bearer token."),
+    ] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(help="Folder or hub name of the reading model's tokenizer, for max_tokens."),
+    ] = None,
+    max_bytes: Annotated[int, typer.Option(help="Of one request's body.")] = 4 * 2**20,
+    max_passages: Annotated[int, typer.Option(help="Of one request.")] = 1000,
+    max_characters: Annotated[
+        int, typer.Option(help="Of one request; the question counts for each passage.")
+    ] = 400_000,
+    max_seconds: Annotated[float, typer.Option(help="For one request.")] = 60,
+    max_requests: Annotated[int, typer.Option(help="At a time.")] = 256,
+    max_queue: Annotated[int, typer.Option(help="Characters waiting at a time.")] = 2_000_000,
+) -> None:
+    """Serve pruning and re-ranking over HTTP: /v1/prune, /v1/rerank, /health, /metrics."""
+    for package in ("starlette", "uvicorn", "prometheus_client"):
+        require(package, extra="server", purpose="`prunekit serve-context`")
+    from rag_prune import ContextPruner
+    from rag_prune.server.app import Limits, serve
+
+    limits = Limits(max_bytes, max_passages, max_characters, max_seconds, max_requests, max_queue)
+    reader = None
+    if tokenizer:
+        from transformers import AutoTokenizer
+
+        reader = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
+    serve(
+        ContextPruner.from_pretrained(model, method=method),
+        host=host,
+        port=port,
+        model=Path(model).name if model else "prunekit",
+        limits=limits,
+        api_key=api_key,
+        tokenizer=reader,
+    )
 
 
 @rag_app.command("ask")

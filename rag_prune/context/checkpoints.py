@@ -134,20 +134,7 @@ def load(folder: Path) -> Checkpoint:
             f"{folder} must hold its weights as *.safetensors; found {found}. "
             "Convert the weights to safetensors first."
         )
-    try:
-        section = dict(config["prunekit"])
-        late = torch.tensor(section.pop("late"), dtype=torch.float32)
-        settings = parse_recipe(section, Settings)
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"The 'prunekit' section of {folder / 'config.json'} cannot be read ({error}), so it "
-            "was damaged or made by another version. Train the checkpoint again."
-        ) from error
-    if settings.splitter != SPLITTER:
-        raise CheckpointError(
-            f"{folder} was trained with the sentence splitter '{settings.splitter}', and this "
-            f"version of prunekit has '{SPLITTER}': its thresholds would not hold. Train it again."
-        )
+    settings, late = read_section(config["prunekit"], str(folder))
     try:
         network = AutoModelForTokenClassification.from_config(  # type: ignore[no-untyped-call]
             AutoConfig.from_pretrained(folder, trust_remote_code=False), trust_remote_code=False
@@ -176,6 +163,29 @@ def is_pruner(folder: Path) -> bool:
     """Whether the folder says that it is a checkpoint of ours."""
     file = folder / "config.json"
     return file.is_file() and '"prunekit"' in file.read_text(encoding="utf-8", errors="replace")
+
+
+def read_section(section: dict[str, Any], where: str) -> tuple[Settings, Tensor]:
+    """The `prunekit` section of a config.json: the settings, and the weights of `late`, (2, 3).
+
+    `where` is the checkpoint's name in errors. Raises CheckpointError for a damaged section, and
+    for one whose thresholds hold for another sentence splitter.
+    """
+    section = dict(section)
+    try:
+        late = torch.tensor(section.pop("late"), dtype=torch.float32)
+        settings = parse_recipe(section, Settings)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"The 'prunekit' section in the config.json of {where} cannot be read ({error}), so it "
+            "was damaged or made by another version. Train the checkpoint again."
+        ) from error
+    if settings.splitter != SPLITTER:
+        raise CheckpointError(
+            f"{where} was trained with the sentence splitter '{settings.splitter}', and this "
+            f"version of prunekit has '{SPLITTER}': its thresholds would not hold. Train it again."
+        )
+    return settings, late
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -69,7 +69,7 @@ class ContextPruner:
 
         from rag_prune.context.checkpoints import load
 
-        checkpoint = load(_folder(name_or_folder))
+        checkpoint = load(checkpoint_folder(name_or_folder))
         checkpoint.model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         return cls(METHODS.get(method or checkpoint.settings.method)(checkpoint))
 
@@ -155,7 +155,7 @@ class ContextPruner:
         ]
 
 
-def _folder(name_or_folder: str | Path | None) -> Path:
+def checkpoint_folder(name_or_folder: str | Path | None) -> Path:
     """The bundled folder, a local one, or a hub's files fetched to the local cache."""
     if name_or_folder is None:
         return Path(__file__).parent / "default"

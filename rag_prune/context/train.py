@@ -343,7 +343,7 @@ class _Log:
 def _tasks(dev_file: Path) -> list[Task]:
     """Tasks of the dev rows, with random and with hard distractors."""
     rows = labelled_rows(dev_file)
-    return [*build_tasks(rows, hard=False), *build_tasks(rows, hard=True)]
+    return [*build_tasks(rows, distractors="random"), *build_tasks(rows, distractors="bm25")]
 
 
 def _calibrated(

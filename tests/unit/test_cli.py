@@ -6,6 +6,7 @@ import io
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -453,7 +454,17 @@ def test_a_number_of_questions_that_the_demo_does_not_have(
 
 
 def test_an_unknown_command(run: Run) -> None:
-    assert "No such command 'contxt'. Did you mean 'context'?" in failed(run("contxt"))
+    assert "No such command 'methos'. Did you mean 'methods'?" in failed(run("methos"))
+
+
+def test_the_server_says_what_keeps_it_from_serving(run: Run) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        ran = run("serve-context", *BM25, "--port", str(taken.getsockname()[1]))
+    assert (ran.code, ran.out) == (2, "")
+    assert "Address already in use" in ran.err
+    ran = run("serve-context", *BM25, "--max-bytes", "0")
+    assert (ran.code, ran.out) == (2, "")
+    assert "The limit body_bytes must be more than 0, got 0." in ran.err
 
 
 # ---------------------------------------------------------------------- context label and train

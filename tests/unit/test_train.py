@@ -167,7 +167,7 @@ def test_what_a_run_leaves(trained: Path) -> None:
 
 def test_the_trained_pruner_prunes(trained: Path) -> None:
     pruner = ContextPruner.from_pretrained(trained / "run" / "model", device="cpu")
-    tasks = build_tasks(toy_rows(40), hard=True)
+    tasks = build_tasks(toy_rows(40), distractors="bm25")
     scored = score_tasks(pruner, tasks)
     chance = score_tasks(ContextPruner.from_pretrained(method="random"), tasks)
     assert scored.mrr > 0.9 > chance.mrr + 0.3
@@ -177,7 +177,7 @@ def test_the_trained_pruner_prunes(trained: Path) -> None:
 
 def test_dev_rows_give_the_default_threshold_its_meaning(trained: Path) -> None:
     rows = labelled_rows(trained / "dev.jsonl")
-    tasks = [*build_tasks(rows, hard=False), *build_tasks(rows, hard=True)]
+    tasks = [*build_tasks(rows, distractors="random"), *build_tasks(rows, distractors="bm25")]
     for method in ENGINES:
         pruner = ContextPruner.from_pretrained(
             trained / "run" / "model", method=method, device="cpu"
@@ -362,7 +362,7 @@ def test_int8_moves_scores_little(trained: Path, tmp_path: Path) -> None:
     settings = Settings(exact.settings.window)  # the toy's calibration is nearly a step
     for name, int8 in (("exact", False), ("int8", True)):
         save(tmp_path / name, exact.model, exact.tokenizer, settings, int8=int8)
-    tasks = build_tasks(toy_rows(20), hard=False)
+    tasks = build_tasks(toy_rows(20), distractors="random")
     for method in ENGINES:
         scores = [
             score_tasks(ContextPruner.from_pretrained(folder, method=method, device="cpu"), tasks)
