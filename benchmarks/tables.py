@@ -159,6 +159,31 @@ def cost() -> str:
     )
 
 
+def labels() -> str:
+    r = results("labels")
+    chosen = r["agreement_with_people"]
+    names = {
+        "first look": f"`{r['labelling']['model']}`, first look",
+        "verified": f"`{r['labelling']['model']}`, verified",
+        "bundled pruner": "the bundled pruner's best sentence",
+        "bm25": "BM25's best sentence",
+        "first sentence": "the first sentence",
+        "random sentence": "a random sentence",
+        "every sentence": "every sentence",
+    }
+    return table(
+        ["sentences, beside those that people marked", "passages", "precision", "recall", "F1"],
+        [
+            [shown, str(chosen[name]["passages"])]
+            + [
+                "–" if (share := chosen[name][figure]) is None else f"{share:.2f}"
+                for figure in ("precision", "recall", "f1")
+            ]
+            for name, shown in names.items()
+        ],
+    )
+
+
 def vllm_middleware() -> str:
     report = results("vllm_middleware")
     names = {"retrieved": "each with its own documents", "fixed": "all with the same documents"}
@@ -279,6 +304,7 @@ TABLES = {
     "quality-full": quality_full,
     "answers": answers,
     "cost": cost,
+    "labels": labels,
     "vllm-middleware": vllm_middleware,
     "vllm-pooling": vllm_pooling,
     "throughput": throughput,

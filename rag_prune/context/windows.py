@@ -38,7 +38,7 @@ def encode_plain(tokenizer: Any, texts: Sequence[str]) -> Any:
     """Token ids and offsets of texts taken literally: "[SEP]" is five characters of text."""
     if not texts:
         return {"input_ids": [], "offset_mapping": []}
-    return tokenizer(
+    encoded = tokenizer(
         [readable(text) for text in texts],
         add_special_tokens=False,
         split_special_tokens=True,
@@ -47,6 +47,13 @@ def encode_plain(tokenizer: Any, texts: Sequence[str]) -> Any:
         truncation=False,
         verbose=False,
     )
+    # A sentencepiece vocabulary holds "</s>" among its pieces, so that text which spells it would
+    # still become the separator; there it is read as unknown.
+    special, unknown = set(tokenizer.all_special_ids), tokenizer.unk_token_id
+    for text, ids in zip(texts, encoded["input_ids"], strict=True):
+        if any(token in text for token in tokenizer.all_special_tokens):
+            ids[:] = [unknown if i in special else i for i in ids]
+    return encoded
 
 
 def tokenise(tokenizer: Any, texts: Sequence[str], spans: Sequence[Sequence[Span]]) -> list[Tokens]:

@@ -13,8 +13,9 @@ from rag_prune.context.pruner import Scorer
 
 # Modules of rag_prune.context that are no method: what methods are made of and measured with.
 PARTS = (
-    *("calibrate", "checkpoints", "engine", "evaluate", "export", "highlight", "model", "openvino"),
-    *("pruner", "result", "sentences", "train", "train_losses", "train_rows", "windows"),
+    *("calibrate", "checkpoints", "engine", "evaluate", "export", "highlight", "label", "model"),
+    *("openvino", "pruner", "result", "sentences", "train", "train_losses", "train_rows"),
+    "windows",
 )
 RELEASED_PARTS = ("base",)
 
