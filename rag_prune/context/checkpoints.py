@@ -136,8 +136,8 @@ def load(folder: Path) -> Checkpoint:
     if "prunekit" not in config:
         raise CheckpointError(
             f"{folder / 'config.json'} has no 'prunekit' section, so {folder} is not a prunekit "
-            "pruner. Train one with `python -m rag_prune.context.train`; a token classifier of "
-            "LLMLingua-2's kind loads with method='llmlingua2'."
+            "pruner. Train one with `prunekit context train`; a token classifier of LLMLingua-2's "
+            "kind loads with method='llmlingua2'."
         )
     weights = weight_files(folder)
     settings, late = read_section(config["prunekit"], str(folder))

@@ -1,6 +1,6 @@
 """Train a context pruner on rows of question, passage and evidence; both engines share one encoder.
 
-    python -m rag_prune.context.train --train train.jsonl --base ENCODER --out DIR
+    prunekit context train train.jsonl --base ENCODER --out DIR
 
 A row is a JSON object: `question`, `passage`, optional `title`, `evidence` ([[start, end], …]
 character spans; [] when the passage does not answer), optional `answers` (other sentences that
@@ -26,13 +26,12 @@ last checkpoint to the same weights. A run's folder holds
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,9 +41,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import AutoModelForTokenClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForTokenClassification, AutoTokenizer
 
-from prune_core.errors import CheckpointError, InputError, PruneError, unknown_name
+from prune_core.errors import CheckpointError, InputError, unknown_name
 from prune_core.provenance import provenance
 from prune_core.storage import atomic_write, read_jsonl, write_json
 from rag_prune.context.both import Both
@@ -180,7 +179,7 @@ def train(
     if method not in ENGINES:
         raise unknown_name("engine", method, ENGINES)
     torch.manual_seed(config.seed)
-    tokenizer, model = _start(base)
+    tokenizer, model = _start(base, config.max_tokens)
     optimiser = _optimiser(model, config)
     tasks = None if dev_file is None else _tasks(dev_file)
     out.mkdir(parents=True, exist_ok=True)
@@ -210,7 +209,7 @@ def report(run: Path) -> str:
     )
 
 
-def _start(base: str) -> tuple[Any, PrunerModel]:
+def _start(base: str, max_tokens: int) -> tuple[Any, PrunerModel]:
     """Tokenizer and model to start from: a pruner as it is, or an encoder with two new rows."""
     folder = Path(base)
     if folder.is_dir() and is_pruner(folder):
@@ -221,27 +220,52 @@ def _start(base: str) -> tuple[Any, PrunerModel]:
         model = PrunerModel(network)
     # Half of a small encoder's weights are word vectors; frozen, they cost Adam nothing.
     model.classifier.get_input_embeddings().requires_grad_(False)
+    _probe(model, tokenizer, max_tokens)
     return tokenizer, model
+
+
+def _probe(model: PrunerModel, tokenizer: Any, max_tokens: int) -> None:
+    """Read one row of the longest size, before the training meets one somewhere in the middle."""
+    ids = torch.full((1, max_tokens), tokenizer.cls_token_id)
+    try:
+        with torch.inference_mode():
+            model.states(ids, torch.ones_like(ids))
+    except (IndexError, RuntimeError) as error:
+        raise InputError(
+            f"The encoder cannot read {max_tokens} tokens at once ({error}): set max_tokens lower."
+        ) from error
 
 
 def _encoder(base: str) -> tuple[Any, Any]:
     """The tokenizer and the network of an encoder, its two linear rows new."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
-        network = AutoModelForTokenClassification.from_pretrained(
+        encoder = AutoConfig.from_pretrained(
             base,
             num_labels=2,
             id2label={0: "keep", 1: "relevance"},
-            use_safetensors=True,
             trust_remote_code=False,
-            attention_probs_dropout_prob=0.0,
-            hidden_dropout_prob=0.0,
+        )
+        for name in encoder.to_dict():  # each family has its own names for it
+            if name.endswith(("dropout", "dropout_prob")):
+                setattr(encoder, name, 0.0)
+        network = AutoModelForTokenClassification.from_pretrained(
+            base, config=encoder, use_safetensors=True, trust_remote_code=False
         )
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"Cannot start from '{base}': name a folder or a hub name with an encoder, its "
             f"tokenizer and safetensors weights. {error}"
         ) from error
+    if not tokenizer.is_fast or None in (
+        tokenizer.cls_token_id,
+        tokenizer.sep_token_id,
+        tokenizer.pad_token_id,
+    ):
+        raise CheckpointError(
+            f"Cannot start from '{base}': its tokenizer must be a fast one with a token for the "
+            "beginning (cls), between two texts (sep) and for padding (pad)."
+        )
     return tokenizer, network
 
 
@@ -411,34 +435,3 @@ def _resume(
         {"state": dict(moments), "param_groups": optimiser.state_dict()["param_groups"]}
     )
     return int(meta["step"])
-
-
-def main() -> None:
-    """Run the command line; what the user got wrong is one sentence and exit code 2."""
-    parser = argparse.ArgumentParser(
-        prog="python -m rag_prune.context.train", description=(__doc__ or "").split("\n\n")[0]
-    )
-    add = parser.add_argument
-    add("--train", type=Path, required=True, help="JSONL rows to learn from")
-    add("--base", required=True, help="encoder to start from: a folder or a hub name")
-    add("--out", type=Path, required=True, help="folder of the run; resumes if it exists")
-    add("--dev", type=Path, help="JSONL rows of other titles to calibrate on")
-    add("--method", default="both", choices=ENGINES, help="the default engine")
-    add("--int8", action="store_true", help="store matrices as rows of int8")
-    for option in fields(TrainConfig):
-        add("--" + option.name.replace("_", "-"), type=type(option.default), default=option.default)
-    args = vars(parser.parse_args())
-    names = ("train", "base", "out", "dev", "method", "int8")
-    run = {name: args.pop(name) for name in names}
-    train_file, dev_file = run.pop("train"), run.pop("dev")
-    try:
-        print(train(TrainConfig(**args), train_file, dev_file=dev_file, **run))
-        print(report(run["out"]))
-    except (PruneError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: {' '.join(str(error).split())}\n")
-    except KeyboardInterrupt:
-        parser.exit(130, "\nStopped. The same command goes on from the last checkpoint.\n")
-
-
-if __name__ == "__main__":
-    main()

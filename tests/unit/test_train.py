@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -319,42 +318,6 @@ def test_a_loss_that_is_no_number_stops_the_run(
     with pytest.raises(InputError, match="The loss is nan at step 1: try a lower learning_rate"):
         train(SHORT, train_file, base, tmp_path / "run")
     assert list((tmp_path / "run").iterdir()) == []
-
-
-def test_the_command_line(
-    base: str,
-    train_file: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    def run(*arguments: str) -> int:
-        files = ("--train", str(train_file), "--base", base, "--out", str(tmp_path / "run"))
-        small = ("--steps", "2", "--questions", "4", "--max-tokens", "128")
-        monkeypatch.setattr(sys, "argv", ["train", *files, *small, *arguments])
-        try:
-            train_module.main()
-        except SystemExit as exit:
-            return int(exit.code or 0)
-        return 0
-
-    assert run("--method", "late", "--int8") == 0
-    shown = capsys.readouterr()
-    assert shown.out.splitlines()[0] == str(tmp_path / "run" / "model")
-    assert "training: 100%" in shown.err
-    assert load(tmp_path / "run" / "model").settings.method == "late"
-
-    assert run("--seed", "3") == 2
-    said = capsys.readouterr().err.splitlines()[-1]  # after what transformers has to say
-    assert said.startswith("python -m rag_prune.context.train: '")
-    assert "other settings" in said
-
-    def interrupted(*_: Any, **__: Any) -> Path:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(train_module, "train", interrupted)
-    assert run() == 130
-    assert "goes on from the last checkpoint" in capsys.readouterr().err
 
 
 def test_int8_moves_scores_little(trained: Path, tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 
 
 def test_a_run_on_it_learns_and_prunes(run: Path) -> None:
-    tasks = build_tasks(toy_rows(40), hard=True)
+    tasks = build_tasks(toy_rows(40), distractors="bm25")
     chance = score_tasks(ContextPruner.from_pretrained(method="random"), tasks)
     for method in ENGINES:
         pruner = ContextPruner.from_pretrained(run / "model", method=method, device="cpu")
@@ -89,7 +89,7 @@ def test_the_folder_is_a_stock_token_classifier(run: Path) -> None:
 def test_int8_rows_hold_in_every_family(run: Path, tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "rows.jsonl", toy_rows(40))
     # The run is finished: it only writes its pruner once more.
-    exact, tasks = run / "model", build_tasks(toy_rows(20), hard=False)
+    exact, tasks = run / "model", build_tasks(toy_rows(20), distractors="random")
     small = run.parent / "int8"
     small.mkdir()
     (small / "training.safetensors").write_bytes((run / "training.safetensors").read_bytes())
