@@ -157,6 +157,54 @@ def cost() -> str:
     )
 
 
+def heads() -> str:
+    r = results("ph3", "heads")
+    test, gain = r["test"], r["gain"]
+    names = {
+        "none": "all heads",
+        "prefer context": f'`prefer="context"`, {len(r["pruned"]["context"])} heads',
+        "random heads, anywhere": "as many random heads",
+        "random heads, same layers": "— of the same layers",
+        "prefer memory": f'`prefer="memory"`, {len(r["pruned"]["memory"])} heads',
+        "none, chat": "in a chat: all heads",
+        "prefer context, chat": 'in a chat: `prefer="context"`',
+        "prefer memory, chat": 'in a chat: `prefer="memory"`',
+    }
+    gains = {f"prefer {name}": figure for name, figure in gain.items()}
+    rows = [
+        [
+            label,
+            *(with_interval(test[name][which], 100, 0) for which in ("context", "memory")),
+            with_interval(gains[name], 100, 0) if name in gains else "",
+        ]
+        for name, label in names.items()
+    ]
+    head = [
+        f"{r['facts']['test']} facts, %, with 95 % intervals",
+        "follow the context",
+        "follow the memory",
+        "gain of what is preferred",
+    ]
+    return table(head, rows)
+
+
+def heads_questions() -> str:
+    r = results("ph3", "heads")["questions"]
+    columns = ("faithful passage, right", "change", "replaced, context", "replaced, memory")
+    rows = [
+        [name, *(with_interval(r[name][c], 100, 1) for c in columns)]
+        for name in ("none", "prefer context", "prefer memory")
+    ]
+    head = [
+        f"{r['n']} questions, %",
+        "own passage: right",
+        "change, points",
+        "replaced: the passage's answer",
+        "the true answer",
+    ]
+    return table(head, rows)
+
+
 def install() -> str:
     rows = [
         [f"`{r['what']}`", str(r["packages"]), str(r["megabytes"]), str(r["seconds"]), r["torch"]]
@@ -188,6 +236,8 @@ TABLES = {
     "quality-full": quality_full,
     "answers": answers,
     "cost": cost,
+    "heads": heads,
+    "heads-questions": heads_questions,
     "install": install,
     "methods": methods,
 }

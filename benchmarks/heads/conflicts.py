@@ -1,7 +1,7 @@
 """Prompts in which the context contradicts what a language model knows, for finding and measuring.
 
 Facts: "The capital of France is Rome. The capital of France is …", in the manner of the paper's
-World Capital prompts, over ten relations written here; a relation is used for one purpose alone.
+World Capital prompts, over eleven relations written here; a relation is used for one purpose alone.
 Passages: questions of Natural Questions with their gold passage, in which the answer is replaced
 by the answer to another question of the same kind.
 """
@@ -56,6 +56,15 @@ RELATIONS = {
         "pig: piglet; chicken: chick; swan: cygnet; tiger: cub; elephant: calf; whale: calf; "
         "wolf: pup; seal: pup; butterfly: caterpillar; rabbit: bunny; koala: joey",
     ),
+    "currency": (
+        "The currency of {} is the",
+        "Japan: yen; India: rupee; Mexico: peso; Russia: ruble; China: yuan; Brazil: real; "
+        "Switzerland: franc; Thailand: baht; South Korea: won; Poland: zloty; Turkey: lira; "
+        "South Africa: rand; Israel: shekel; Hungary: forint; Vietnam: dong; Germany: euro; "
+        "France: euro; Italy: euro; Spain: euro; Canada: dollar; Australia: dollar; "
+        "Pakistan: rupee; Nepal: rupee; Argentina: peso; Chile: peso; the United Kingdom: pound; "
+        "Egypt: pound; Kuwait: dinar; Iraq: dinar; Sweden: krona; Philippines: peso",
+    ),
     "continent": (
         "{} is a country on the continent of",
         "France: Europe; Spain: Europe; Italy: Europe; Germany: Europe; Poland: Europe; "
@@ -88,7 +97,7 @@ RELATIONS = {
         "Hagia Sophia: Turkey; The Versailles Palace: France; Mount Kilimanjaro: Tanzania",
     ),
     "author": (
-        "The author of {} is",
+        "{} was written by",
         "Hamlet: William Shakespeare; Macbeth: William Shakespeare; "
         "Romeo and Juliet: William Shakespeare; Oliver Twist: Charles Dickens; "
         "Great Expectations: Charles Dickens; A Tale of Two Cities: Charles Dickens; "
@@ -102,7 +111,7 @@ RELATIONS = {
         "Crime and Punishment: Fyodor Dostoevsky; Walden: Henry David Thoreau",
     ),
     "maker": (
-        "The {} was made by the company",
+        "The company that makes the {} is",
         "iPhone: Apple; iPad: Apple; Macintosh: Apple; MacBook: Apple; Xbox: Microsoft; "
         "Windows 95: Microsoft; Surface tablet: Microsoft; PlayStation: Sony; Walkman: Sony; "
         "Game Boy: Nintendo; Wii: Nintendo; Corolla: Toyota; Prius: Toyota; Civic: Honda; "
@@ -127,7 +136,7 @@ RELATIONS = {
 }
 SPLIT = {
     "find": ("capital", "language", "sport"),
-    "dev": ("young", "continent"),
+    "dev": ("young", "continent", "currency"),
     "test": ("city", "landmark", "author", "maker", "born"),
 }
 
@@ -163,12 +172,12 @@ def conflicts(known: Sequence[Fact], seed: int = 0) -> list[Conflict]:
     """Each fact told wrong, corrupted by another fact of its relation told wrong.
 
     The wrong answer and the corrupted prompt's subject and answer are drawn at random from the
-    known facts of the relation, so that no two of the four answers share their first letters.
+    facts of the relation, none of whose answers starts like another of them.
     """
     rng = np.random.default_rng(seed)
     made = []
     for fact in known:
-        others = [f for f in known if f.relation == fact.relation]
+        others = facts([fact.relation])
         others = [others[i] for i in rng.permutation(len(others))]
         used = [fact.answer[:3]]
         drawn: list[Fact] = []

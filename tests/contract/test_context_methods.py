@@ -44,7 +44,7 @@ CONTEXT = [method.name for method in METHODS if method.family in ("context", "ba
 
 @pytest.fixture(scope="module", params=CONTEXT)
 def pruner(request, tiny_checkpoint):
-    """Every context pruner of the table: engines with the tiny checkpoint, baselines as they are."""
+    """Every context pruner: engines with the tiny checkpoint, baselines as they are."""
     return load(request.param, tiny_checkpoint)
 
 

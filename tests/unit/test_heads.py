@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from prune_core.errors import InputError
-from rag_prune import METHODS
+from rag_prune import METHODS, ContextPruner
 from rag_prune.heads import PH3, Conflict, HeadScores
 from tiny import toy_tokenizer
 
@@ -237,14 +237,20 @@ def hooks(model):
 
 def test_no_hook_is_left(model, tokenizer, scores, monkeypatch):
     whole = logits(model)
-    with pytest.raises(RuntimeError, match="stop"), PH3(heads=6, scores=scores).apply(model):
-        assert hooks(model) == len({layer for layer, _ in PH3(heads=6, scores=scores).pruned})
-        raise RuntimeError("stop")
-    assert hooks(model) == 0
-    assert torch.equal(logits(model), whole)
+    ph3 = PH3(heads=6, scores=scores)
 
     def fail(*args, **kwargs):
         raise RuntimeError("stop")
+
+    def use_and_fail():
+        with ph3.apply(model):
+            assert hooks(model) == len({layer for layer, _ in ph3.pruned})
+            fail()
+
+    with pytest.raises(RuntimeError, match="stop"):
+        use_and_fail()
+    assert hooks(model) == 0
+    assert torch.equal(logits(model), whole)
 
     monkeypatch.setattr(model.model.norm, "forward", fail)
     with pytest.raises(RuntimeError, match="stop"):
@@ -358,3 +364,5 @@ def test_bad_conflicts(model, tokenizer):
 def test_the_row_names_the_class():
     assert METHODS.get("ph3") is PH3
     assert METHODS.row("ph3").family == "heads"
+    with pytest.raises(InputError, match="prunes a language model's heads, not a context"):
+        ContextPruner.from_pretrained(method="ph3")
