@@ -160,12 +160,13 @@ def cost() -> str:
 def heads() -> str:
     r = results("ph3", "heads")
     test, gain = r["test"], r["gain"]
+    counts = {prefer: len(heads) for prefer, heads in r["pruned"].items()}
     names = {
         "none": "all heads",
-        "prefer context": f'`prefer="context"`, {len(r["pruned"]["context"])} heads',
+        "prefer context": f'`prefer="context"`, heads pruned: {counts["context"]}',
         "random heads, anywhere": "as many random heads",
         "random heads, same layers": "— of the same layers",
-        "prefer memory": f'`prefer="memory"`, {len(r["pruned"]["memory"])} heads',
+        "prefer memory": f'`prefer="memory"`, heads pruned: {counts["memory"]}',
         "none, chat": "in a chat: all heads",
         "prefer context, chat": 'in a chat: `prefer="context"`',
         "prefer memory, chat": 'in a chat: `prefer="memory"`',
@@ -188,19 +189,19 @@ def heads() -> str:
     return table(head, rows)
 
 
-def heads_questions() -> str:
-    r = results("ph3", "heads")["questions"]
-    columns = ("faithful passage, right", "change", "replaced, context", "replaced, memory")
-    rows = [
-        [name, *(with_interval(r[name][c], 100, 1) for c in columns)]
-        for name in ("none", "prefer context", "prefer memory")
-    ]
+def heads_counts() -> str:
+    r = results("ph3", "heads")
+    right = r["dev questions, right"]
+    rows = []
+    for count, shares in {"0": r["dev"]["none"], **r["dev"]["context"]}.items():
+        asked = right["none"] if count == "0" else right.get(f"{count} heads")
+        figures = [shares["context"], shares["memory"], asked]
+        rows.append([count, *("" if f is None else f"{100 * f:.0f}" for f in figures)])
     head = [
-        f"{r['n']} questions, %",
-        "own passage: right",
-        "change, points",
-        "replaced: the passage's answer",
-        "the true answer",
+        "pruned memory heads; %",
+        f"{r['facts']['dev']} facts: follow the context",
+        "follow the memory",
+        "questions with a faithful passage: right",
     ]
     return table(head, rows)
 
@@ -237,7 +238,7 @@ TABLES = {
     "answers": answers,
     "cost": cost,
     "heads": heads,
-    "heads-questions": heads_questions,
+    "heads-counts": heads_counts,
     "install": install,
     "methods": methods,
 }
