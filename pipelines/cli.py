@@ -9,12 +9,13 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Annotated, Any
 
 import typer
 
-from prune_core.errors import InputError, PruneError
+from prune_core.errors import InputError, PruneError, require
 
 app = typer.Typer(
     help="Shed what a RAG stack does not need, and see exactly what was dropped.",
@@ -22,6 +23,21 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+class _OrPrune(typer.core.TyperGroup):
+    """`prunekit context` prunes, unless its first word is one of its commands."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        named = args[:1] and (args[0] in self.commands or args[0] in ctx.help_option_names)
+        return super().parse_args(ctx, args if named else ["prune", *args])
+
+
+context_app = typer.Typer(
+    cls=_OrPrune,
+    help="Prune passages (`prune`, which need not be said), label them, train a pruner.",
+)
+app.add_typer(context_app, name="context")
 rag_app = typer.Typer(help="Retrieve, prune, answer.", no_args_is_help=True)
 app.add_typer(rag_app, name="rag")
 
@@ -38,7 +54,7 @@ TopK = Annotated[int | None, typer.Option(help="Keep at most this many passages.
 Page = Annotated[Path | None, typer.Option("--html", help="Also write a page to look at.")]
 
 
-@app.command()
+@context_app.command("prune")
 def context(
     question: Annotated[
         str | None,
@@ -94,6 +110,149 @@ def context(
             from rag_prune.context.highlight import write_page
 
             write_page(pages, html)
+
+
+@context_app.command("label")
+def label(
+    questions: Annotated[
+        Path,
+        typer.Argument(help="JSONL: {question, passage, title} or {question, passages} a line."),
+    ],
+    out: Annotated[Path, typer.Option(help="Training rows to write, as JSONL.")],
+    llm: Annotated[
+        str,
+        typer.Option(help="The model that labels: the server's name for it, or a folder or hub."),
+    ],
+    endpoint: Annotated[
+        str | None,
+        typer.Option(help="An OpenAI-compatible server; without one vLLM runs in this process."),
+    ] = None,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="OPENAI_API_KEY", help="For --endpoint.")
+    ] = None,
+    concurrency: Annotated[
+        int, typer.Option(help="Prompts that the server is asked at a time.")
+    ] = 32,
+    timeout: Annotated[float, typer.Option(help="Seconds to wait for a reply.")] = 120,
+    html: Page = None,
+) -> None:
+    """Label passages with a language model, and check each label twice.
+
+    The same command goes on where it was stopped, and asks nothing again: replies stay in
+    OUT's .replies folder. What was dropped and a report come out beside OUT.
+    """
+    from pipelines.ask import AskEndpoint, AskVllm
+    from pipelines.language_model import Endpoint
+    from rag_prune.context.label import Ask, read_items
+    from rag_prune.context.label import label as label_items
+
+    items = read_items(questions)
+    ask: Ask
+    if endpoint:
+        ask = AskEndpoint(Endpoint(endpoint, llm, api_key, timeout), concurrency)
+    else:
+        ask = AskVllm.from_pretrained(llm)
+    labels = label_items(items, ask, out.with_suffix(".replies"))
+    typer.echo(labels.summary(), err=True)
+    labels.save(out, html)
+
+
+@context_app.command("train")
+def train(
+    rows: Annotated[Path, typer.Argument(help="JSONL rows to learn from, see docs.")],
+    base: Annotated[str, typer.Option(help="Encoder to start from: a folder or a hub name.")],
+    out: Annotated[Path, typer.Option(help="Folder of the run; one that was stopped goes on.")],
+    dev: Annotated[
+        Path | None, typer.Option(help="JSONL rows of other titles, to calibrate on and report.")
+    ] = None,
+    method: Annotated[str, typer.Option(help="Default engine: provence, late or both.")] = "both",
+    int8: Annotated[bool, typer.Option("--int8", help="Store matrices as rows of int8.")] = False,
+    recipe: Annotated[
+        Path | None, typer.Option(help="YAML file with fields of TrainConfig.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps to take.")] = None,
+    questions: Annotated[int | None, typer.Option(help="Questions a step.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Its peak.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Tokens that one pass reads.")] = None,
+    save_every: Annotated[int | None, typer.Option(help="Steps between two checkpoints.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of what is drawn.")] = None,
+) -> None:
+    """Train a pruner on rows of question, passage and evidence.
+
+    The same command goes on where it was stopped. Options override the recipe's fields. With --dev
+    the report says how much evidence is kept, how much text dropped, and how the passages rank.
+    """
+    from prune_core.recipe import load_recipe
+    from rag_prune.context import train as training
+
+    config = load_recipe(recipe, training.TrainConfig) if recipe else training.TrainConfig()
+    given: dict[str, Any] = {
+        "steps": steps,
+        "questions": questions,
+        "learning_rate": learning_rate,
+        "max_tokens": max_tokens,
+        "save_every": save_every,
+        "seed": seed,
+    }
+    config = replace(config, **{name: v for name, v in given.items() if v is not None})
+    folder = training.train(
+        config,
+        rows,
+        base,
+        out,
+        dev_file=dev,
+        method=method,  # type: ignore[arg-type]  # checked there
+        int8=int8,
+    )
+    typer.echo(folder)
+    if report := training.report(out):
+        typer.echo(report, err=True)
+
+
+@app.command("serve-context")
+def serve_context(
+    model: Model = None,
+    method: MethodName = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")] = 8080,
+    api_key: Annotated[
+        str | None,
+        typer.Option(envvar="PRUNEKIT_API_KEY", help="Ask clients for this bearer token."),
+    ] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(help="Folder or hub name of the reading model's tokenizer, for max_tokens."),
+    ] = None,
+    max_bytes: Annotated[int, typer.Option(help="Of one request's body.")] = 4 * 2**20,
+    max_passages: Annotated[int, typer.Option(help="Of one request.")] = 1000,
+    max_characters: Annotated[
+        int, typer.Option(help="Of one request; the question counts for each passage.")
+    ] = 400_000,
+    max_seconds: Annotated[float, typer.Option(help="For one request.")] = 60,
+    max_requests: Annotated[int, typer.Option(help="At a time.")] = 256,
+    max_queue: Annotated[int, typer.Option(help="Characters waiting at a time.")] = 2_000_000,
+) -> None:
+    """Serve pruning and re-ranking over HTTP: /v1/prune, /v1/rerank, /health, /metrics."""
+    for package in ("starlette", "uvicorn", "prometheus_client"):
+        require(package, extra="server", purpose="`prunekit serve-context`")
+    from rag_prune import ContextPruner
+    from rag_prune.server.app import Limits, serve
+
+    limits = Limits(max_bytes, max_passages, max_characters, max_seconds, max_requests, max_queue)
+    reader = None
+    if tokenizer:
+        from transformers import AutoTokenizer
+
+        reader = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
+    serve(
+        ContextPruner.from_pretrained(model, method=method),
+        host=host,
+        port=port,
+        model=Path(model).name if model else "prunekit",
+        limits=limits,
+        api_key=api_key,
+        tokenizer=reader,
+    )
 
 
 @rag_app.command("ask")

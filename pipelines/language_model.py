@@ -10,17 +10,27 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from prune_core.errors import CheckpointError, InputError, PruneError
+
+if TYPE_CHECKING:
+    import httpx
 
 Message = dict[str, str]
 
 
 class EndpointError(PruneError):
-    """A server that cannot be reached, refuses the request, or answers something else."""
+    """A server that cannot be reached, refuses the request, or answers something else.
+
+    `status` is the HTTP status of the reply; None where there was none.
+    """
+
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 @dataclass(frozen=True)
@@ -92,7 +102,7 @@ class LocalModel:
 
         messages = _checked(messages, max_new_tokens)
         started = time.perf_counter()
-        ids = self.tokenizer(self._prompt(messages), add_special_tokens=False)["input_ids"]
+        ids = chat_ids(self.tokenizer, messages)
         longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         if longest is not None and len(ids) + max_new_tokens > longest:
             raise InputError(
@@ -123,24 +133,6 @@ class LocalModel:
             new_tokens=len(new),
             seconds=time.perf_counter() - started,
         )
-
-    def _prompt(self, messages: Sequence[Message]) -> str:
-        safe = [{**message, "content": self._as_text(message["content"])} for message in messages]
-        if self.tokenizer.chat_template:
-            prompt = self.tokenizer.apply_chat_template(
-                safe, add_generation_prompt=True, tokenize=False
-            )
-            return str(prompt)
-        turns = [f"{message['role'].capitalize()}: {message['content']}" for message in safe]
-        return "\n\n".join([*turns, "Assistant:"])
-
-    def _as_text(self, content: str) -> str:
-        """Break special tokens: a passage that holds `<|im_end|>` must not end the user's turn."""
-        for token in self.tokenizer.added_tokens_decoder.values():
-            if token.special:
-                broken = f"{token.content[0]}\u200b{token.content[1:]}"
-                content = content.replace(token.content, broken)
-        return content
 
 
 @dataclass(frozen=True)
@@ -173,8 +165,21 @@ class Endpoint:
         if not self.timeout > 0:
             raise InputError(f"timeout must be a number of seconds above 0, got {self.timeout}.")
 
-    def complete(self, messages: Sequence[Message], max_new_tokens: int = 64) -> Completion:
+    def complete(
+        self,
+        messages: Sequence[Message],
+        max_new_tokens: int = 64,
+        *,
+        schema: Mapping[str, Any] | None = None,
+        client: httpx.Client | None = None,
+    ) -> Completion:
         """Ask the server to answer `messages`, at temperature 0.
+
+        Args:
+            messages: The conversation so far.
+            max_new_tokens: The longest answer, in the model's tokens.
+            schema: A JSON schema that the answer shall obey; servers differ in what they heed.
+            client: Connections to use, and use again, where there are many questions.
 
         Raises:
             InputError: There are no messages, or `max_new_tokens` is below 1.
@@ -187,13 +192,14 @@ class Endpoint:
         url = f"{self.base_url.rstrip('/')}/chat/completions"
         started = time.perf_counter()
         try:
-            response = httpx.post(
+            response = (client or httpx).post(
                 url,
                 json={
                     "model": self.model,
                     "messages": messages,
                     "max_tokens": max_new_tokens,
                     "temperature": 0,
+                    **({} if schema is None else {"response_format": _json_form(schema)}),
                 },
                 headers={"Authorization": f"Bearer {self.api_key}"} if self.api_key else {},
                 timeout=self.timeout,
@@ -212,7 +218,8 @@ class Endpoint:
         if not response.is_success:
             raise EndpointError(
                 f"The server at {self.base_url} refused the request with status "
-                f"{response.status_code}: {_server_message(response)}"
+                f"{response.status_code}: {_server_message(response)}",
+                response.status_code,
             )
         try:
             reply = response.json()
@@ -227,7 +234,8 @@ class Endpoint:
                 f"The server at {self.base_url} answered something that is not a chat completion "
                 f"with its token counts ({type(error).__name__}: {error}): "
                 f"{response.text[:200]!r}. Check that base_url is the root of an OpenAI-compatible "
-                "API."
+                "API.",
+                response.status_code,
             ) from error
 
 
@@ -244,6 +252,11 @@ def _checked(messages: Sequence[Message], max_new_tokens: int) -> list[Message]:
     ]
 
 
+def _json_form(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """OpenAI's form of asking for JSON, which vLLM, SGLang and llama.cpp understand as well."""
+    return {"type": "json_schema", "json_schema": {"name": "reply", "schema": dict(schema)}}
+
+
 def _server_message(response: Any) -> str:
     """Find the sentence in an error reply, whose form differs from server to server."""
     try:
@@ -254,3 +267,24 @@ def _server_message(response: Any) -> str:
     except ValueError:
         found = response.text
     return str(found)[:500].strip() or "(no message)"
+
+
+def chat_ids(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
+    """The token ids that ask a model to answer `messages`, worded by its chat template."""
+    safe = [{**message, "content": _as_text(tokenizer, message["content"])} for message in messages]
+    if tokenizer.chat_template:
+        prompt = tokenizer.apply_chat_template(safe, add_generation_prompt=True, tokenize=False)
+    else:
+        turns = [f"{message['role'].capitalize()}: {message['content']}" for message in safe]
+        prompt = "\n\n".join([*turns, "Assistant:"])
+    ids: list[int] = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def _as_text(tokenizer: Any, content: str) -> str:
+    """Break special tokens: a passage that holds `<|im_end|>` must not end the user's turn."""
+    for token in tokenizer.added_tokens_decoder.values():
+        if token.special:
+            broken = f"{token.content[0]}\u200b{token.content[1:]}"
+            content = content.replace(token.content, broken)
+    return content

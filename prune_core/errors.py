@@ -5,6 +5,7 @@
     │   ├── UnknownName                  a name that is not in its table
     │   └── RecipeError                  a recipe that cannot be read
     ├── CheckpointError                  a folder or weights that cannot be loaded, or not safely
+    ├── Overloaded                       too much is waiting: try again later
     └── MissingExtra (an ImportError)    an optional package that is not installed
 
 Each message says what was wrong, the value got, what is allowed, and what to do.
@@ -36,6 +37,17 @@ class RecipeError(InputError):
 
 class CheckpointError(PruneError):
     """A folder or weights that cannot be loaded, or not safely."""
+
+
+class Overloaded(PruneError):
+    """Too much is waiting, so this was not begun; `retry_after` is in seconds."""
+
+    def __init__(self, message: str, retry_after: int) -> None:
+        super().__init__(message, retry_after)
+        self.retry_after = retry_after
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class MissingExtra(PruneError, ImportError):

@@ -5,6 +5,7 @@ import os
 # Read when the hub's client is first imported, here and in the subprocesses of tests.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["HAYSTACK_TELEMETRY_ENABLED"] = "False"
 
 import socket
 import string

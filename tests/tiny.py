@@ -51,6 +51,27 @@ def toy_tokenizer() -> Any:
     return wordpiece([*WORDS, *".?"])
 
 
+WORDPIECE = ("bert", "modernbert")  # the other families spell their special tokens as RoBERTa does
+
+
+def toy_unigram() -> Any:
+    """Words of the toy task as sentencepiece has them, "▁cat", with <s> and </s> around."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    specials = {"cls": "<s>", "pad": "<pad>", "sep": "</s>", "unk": "<unk>", "mask": "<mask>"}
+    pieces = [*(f"▁{word}" for word in WORDS), *(f"▁{word.capitalize()}" for word in WORDS)]
+    vocabulary = [(piece, 0.0) for piece in specials.values()]
+    vocabulary += [(piece, -5.0) for piece in dict.fromkeys([*pieces, ".", "?", "▁"])]
+    backend = Tokenizer(models.Unigram(vocabulary, unk_id=3, byte_fallback=False))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Metaspace()
+    named = {f"{name}_token": token for name, token in specials.items()}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", **named
+    )
+
+
 def toy_rows(n: int, seed: int = 0) -> list[dict[str, Any]]:
     """The sentence that shares a noun with the question, and says "today", is the evidence.
 
@@ -82,3 +103,63 @@ def toy_rows(n: int, seed: int = 0) -> list[dict[str, Any]]:
 def write_rows(file: Path, rows: Sequence[Any]) -> Path:
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return file
+
+
+def toy_encoder(folder: Path, family: str = "bert") -> str:
+    """Save a small random encoder of a family, with a tokenizer of the toy task; its folder.
+
+    Each family has its own special tokens, its own place for padding and its own positions.
+    """
+    import torch
+    from transformers import (
+        AutoModel,
+        BertConfig,
+        DebertaV2Config,
+        ModernBertConfig,
+        RobertaConfig,
+        XLMRobertaConfig,
+    )
+
+    tokenizer = toy_tokenizer() if family in WORDPIECE else toy_unigram()
+    sizes = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        "initializer_range": 0.2,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    config = {
+        "bert": lambda: BertConfig(**sizes, max_position_embeddings=160),
+        # As released: no token types, and positions that begin after the padding's number.
+        "roberta": lambda: RobertaConfig(**sizes, max_position_embeddings=162, type_vocab_size=1),
+        "xlm-roberta": lambda: XLMRobertaConfig(
+            **sizes, max_position_embeddings=162, type_vocab_size=1
+        ),
+        "modernbert": lambda: ModernBertConfig(
+            **sizes,
+            max_position_embeddings=160,
+            global_attn_every_n_layers=2,
+            local_attention=32,
+            bos_token_id=tokenizer.cls_token_id,
+            cls_token_id=tokenizer.cls_token_id,
+            eos_token_id=tokenizer.sep_token_id,
+            sep_token_id=tokenizer.sep_token_id,
+        ),
+        "deberta-v2": lambda: DebertaV2Config(
+            **sizes,
+            max_position_embeddings=160,
+            relative_attention=True,
+            position_buckets=32,
+            norm_rel_ebd="layer_norm",
+            share_att_key=True,
+            pos_att_type=["p2c", "c2p"],
+            position_biased_input=False,
+            type_vocab_size=0,
+        ),
+    }[family]()
+    torch.manual_seed(0)
+    AutoModel.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)

@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE)
     args = parser.parse_args()
     rows = [r for r in read_jsonl(args.dev) if r["source"] in ("qed", "nq")]
-    tasks = build_tasks(rows, hard=False)[: args.questions]
+    tasks = build_tasks(rows, distractors="random")[: args.questions]
     pruner, dice = (
         ContextPruner.from_pretrained(args.pruner),
         ContextPruner.from_pretrained(method="random"),

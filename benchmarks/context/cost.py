@@ -20,7 +20,7 @@ from pipelines.retrieve import Retriever
 from prune_core.provenance import provenance
 from prune_core.storage import write_json
 from rag_prune import ContextPruner
-from rag_prune.context.engine import TOKENS_PER_BATCH
+from rag_prune.context.engine import BATCH_LIMITS
 from rag_prune.context.model import RELEVANCE, joint_ids
 from rag_prune.context.windows import batches, encode_plain
 
@@ -107,7 +107,8 @@ def main() -> None:
     results = cross.prune_many(asked)
     recut = timed(lambda: [r.recut(threshold=0.3) for r in results])
     lengths = rows_of(cross, asked)
-    computed = sum(max(lengths[i] for i in b) * len(b) for b in batches(lengths, TOKENS_PER_BATCH))
+    made = batches(lengths, *BATCH_LIMITS["cpu"])
+    computed = sum(max(lengths[i] for i in b) * len(b) for b in made)
     n = sum(len(texts) for _, texts in asked)
     ratios = np.array(seconds["prune"]) / np.array(seconds["rank"])
     report = {

@@ -2,8 +2,9 @@
 
     python benchmarks/context/quality.py --dev runs/context/dev.jsonl [--pruner FOLDER]
 
-Two forms of every question with a human evidence sentence: four random distractors, and the four
-nearest by BM25. Writes results/quality.json and the curves as results/quality.svg.
+QED's questions, with a human evidence sentence, come with four random distractors and with the four
+nearest by BM25; other kinds of text with the distractors that make them hard. Writes
+results/quality.json and the curves as results/quality.svg.
 """
 
 import argparse
@@ -15,6 +16,14 @@ from rag_prune import ContextPruner
 from rag_prune.context.evaluate import build_tasks, compare
 
 HERE = Path(__file__).parent / "results"
+FORMS = (
+    ("qed", "random"),
+    ("qed", "bm25"),
+    ("encyclopaedic", "random"),
+    ("encyclopaedic", "same_title"),
+    ("several sentences", "random"),
+    ("forum", "bm25"),
+)
 METHODS = ("both", "provence", "late", "embedding", "bm25", "lead")
 
 
@@ -28,10 +37,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE)
     args = parser.parse_args()
     rows = list(read_jsonl(args.dev))
+    sources = {
+        "qed": ("qed",),
+        "encyclopaedic": ("squadshifts_wiki",),
+        "several sentences": ("clapnq", "hotpotqa", "musique"),
+        "forum": ("squadshifts_reddit",),
+    }
     groups = {
-        "qed": [r for r in rows if r["source"] == "qed" and r["single"]],
-        "squadshifts_wiki": [r for r in rows if r["source"] == "squadshifts_wiki"],
-        "several sentences": [r for r in rows if r["source"] in ("clapnq", "hotpotqa", "musique")],
+        name: [r for r in rows if r["source"] in of and r.get("single", True)]
+        for name, of in sources.items()
     }
     pruners = {
         name: ContextPruner.from_pretrained(
@@ -40,15 +54,14 @@ def main() -> None:
         for name in METHODS
     }
     report = {}
-    for source, chosen in groups.items():
-        for form in ("random", "hard") if source == "qed" else ("random",):
-            tasks = build_tasks(chosen, hard=form == "hard")[: args.tasks]
-            key = f"{source}, {form} distractors"
-            report[key] = compare(pruners, tasks)
-            print(key, len(tasks))
-            for name, figures in report[key]["methods"].items():
-                shown = (f"{k} {v['value']:.3f}" for k, v in figures.items() if "value" in v)
-                print(f"  {name:10}", "  ".join(shown), flush=True)
+    for name, distractors in FORMS:
+        tasks = build_tasks(groups[name], distractors=distractors)[: args.tasks]
+        key = f"{name}, {distractors} distractors"
+        report[key] = compare(pruners, tasks)
+        print(key, len(tasks))
+        for method, figures in report[key]["methods"].items():
+            shown = (f"{k} {v['value']:.3f}" for k, v in figures.items() if "value" in v)
+            print(f"  {method:10}", "  ".join(shown), flush=True)
     args.out.mkdir(parents=True, exist_ok=True)
     write_json(args.out / "quality.json", {"groups": report, "provenance": provenance()})
     draw({k: v for k, v in report.items() if k.startswith("qed")}, args.out / "quality.svg")

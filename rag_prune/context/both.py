@@ -5,11 +5,11 @@ Cost: that of `cross`, and that of `late` for passages not yet indexed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from rag_prune.context.checkpoints import Checkpoint
 from rag_prune.context.cross import Cross
-from rag_prune.context.engine import Engine, Floats
+from rag_prune.context.engine import Engine, Logits
 from rag_prune.context.late import Late
 from rag_prune.context.result import Request
 
@@ -23,13 +23,15 @@ class Both(Engine):
         super().__init__(checkpoint)
         self.cross, self.late = Cross(checkpoint), Late(checkpoint)
 
-    def logits(self, requests: Sequence[Request]) -> list[list[tuple[Floats, float]]]:
-        return [
+    def logits(self, requests: Sequence[Request]) -> Logits:
+        return self.begin(requests)()
+
+    def begin(self, requests: Sequence[Request]) -> Callable[[], Logits]:
+        cross, late = self.cross.begin(requests), self.late.begin(requests)
+        return lambda: [
             [
                 ((ck + lk) / 2, (cr + lr) / 2)
                 for (ck, cr), (lk, lr) in zip(joint, apart, strict=True)
             ]
-            for joint, apart in zip(
-                self.cross.logits(requests), self.late.logits(requests), strict=True
-            )
+            for joint, apart in zip(cross(), late(), strict=True)
         ]

@@ -79,12 +79,14 @@ class Checkpoint:
     """A loaded pruner: network (float32, evaluation mode), fast tokenizer, settings.
 
     `fingerprint` names the weights, so that vectors made by others are not mistaken for its own.
+    `multiply_in` is the type that matrices are multiplied in; all else stays float32.
     """
 
     model: PrunerModel
     tokenizer: Any
     settings: Settings
     fingerprint: str
+    multiply_in: torch.dtype = torch.float32
 
 
 def save(
@@ -121,33 +123,24 @@ def load(folder: Path) -> Checkpoint:
         CheckpointError: A missing or foreign folder, weights that are not safetensors, a config
             that asks for remote code, or tensors that do not fit; the message says which.
     """
-    config = _read_config(folder)
-    weights = sorted(folder.glob("*.safetensors"))
-    if not weights:
-        pickles = [p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt")]
-        found = (
-            f"only {', '.join(sorted(pickles))}, which can run code when read"
-            if pickles
-            else "none"
-        )
+    config = read_config(folder)
+    if not isinstance(config.get("prunekit", {}), dict):
         raise CheckpointError(
-            f"{folder} must hold its weights as *.safetensors; found {found}. "
-            "Convert the weights to safetensors first."
+            f"{folder / 'config.json'} and its 'prunekit' section must be JSON objects."
         )
-    try:
-        section = dict(config["prunekit"])
-        late = torch.tensor(section.pop("late"), dtype=torch.float32)
-        settings = parse_recipe(section, Settings)
-    except (KeyError, TypeError, ValueError) as error:
+    if "auto_map" in config:
         raise CheckpointError(
-            f"The 'prunekit' section of {folder / 'config.json'} cannot be read ({error}), so it "
-            "was damaged or made by another version. Train the checkpoint again."
-        ) from error
-    if settings.splitter != SPLITTER:
-        raise CheckpointError(
-            f"{folder} was trained with the sentence splitter '{settings.splitter}', and this "
-            f"version of prunekit has '{SPLITTER}': its thresholds would not hold. Train it again."
+            f"{folder / 'config.json'} asks for remote code (auto_map), which prunekit never runs. "
+            "Use a checkpoint in a stock architecture."
         )
+    if "prunekit" not in config:
+        raise CheckpointError(
+            f"{folder / 'config.json'} has no 'prunekit' section, so {folder} is not a prunekit "
+            "pruner. Train one with `python -m rag_prune.context.train`; a token classifier of "
+            "LLMLingua-2's kind loads with method='llmlingua2'."
+        )
+    weights = weight_files(folder)
+    settings, late = read_section(config["prunekit"], str(folder))
     try:
         network = AutoModelForTokenClassification.from_config(  # type: ignore[no-untyped-call]
             AutoConfig.from_pretrained(folder, trust_remote_code=False), trust_remote_code=False
@@ -172,7 +165,37 @@ def load(folder: Path) -> Checkpoint:
     return Checkpoint(model.float().eval(), tokenizer, settings, digest.hexdigest()[:16])
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def is_pruner(folder: Path) -> bool:
+    """Whether the folder says that it is a checkpoint of ours."""
+    file = folder / "config.json"
+    return file.is_file() and '"prunekit"' in file.read_text(encoding="utf-8", errors="replace")
+
+
+def read_section(section: dict[str, Any], where: str) -> tuple[Settings, Tensor]:
+    """The `prunekit` section of a config.json: the settings, and the weights of `late`, (2, 3).
+
+    `where` is the checkpoint's name in errors. Raises CheckpointError for a damaged section, and
+    for one whose thresholds hold for another sentence splitter.
+    """
+    section = dict(section)
+    try:
+        late = torch.tensor(section.pop("late"), dtype=torch.float32)
+        settings = parse_recipe(section, Settings)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"The 'prunekit' section in the config.json of {where} cannot be read ({error}), so it "
+            "was damaged or made by another version. Train the checkpoint again."
+        ) from error
+    if settings.splitter != SPLITTER:
+        raise CheckpointError(
+            f"{where} was trained with the sentence splitter '{settings.splitter}', and this "
+            f"version of prunekit has '{SPLITTER}': its thresholds would not hold. Train it again."
+        )
+    return settings, late
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The folder's config.json; raises CheckpointError where there is none to be read."""
     file = folder / "config.json"
     if not folder.is_dir():
         raise CheckpointError(
@@ -184,19 +207,23 @@ def _read_config(folder: Path) -> dict[str, Any]:
         config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise CheckpointError(f"{file} is not valid JSON: {error}.") from error
-    if not isinstance(config, dict) or not isinstance(config.get("prunekit", {}), dict):
+    if not isinstance(config, dict):
         raise CheckpointError(f"{file} and its 'prunekit' section must be JSON objects.")
-    if "auto_map" in config:
-        raise CheckpointError(
-            f"{file} asks for remote code (auto_map), which prunekit never runs. Use a checkpoint "
-            "in a stock architecture."
-        )
-    if "prunekit" not in config:
-        raise CheckpointError(
-            f"{file} has no 'prunekit' section, so {folder} is not a prunekit pruner. Train one "
-            "with `python -m rag_prune.context.train`."
-        )
     return config
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The folder's safetensors; raises CheckpointError where it has none, or only pickles."""
+    if weights := sorted(folder.glob("*.safetensors")):
+        return weights
+    pickles = [p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt")]
+    found = (
+        f"only {', '.join(sorted(pickles))}, which can run code when read" if pickles else "none"
+    )
+    raise CheckpointError(
+        f"{folder} must hold its weights as *.safetensors; found {found}. "
+        "Convert the weights to safetensors first."
+    )
 
 
 def _to_int8(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -11,15 +11,15 @@ Cost: one pass a window of each passage, for every question.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
 
-from rag_prune.context.engine import Engine, Floats, fit_question
+from rag_prune.context.engine import Engine, Frame, Logits, fit_question
 from rag_prune.context.model import KEEP, RELEVANCE, joint_ids
 from rag_prune.context.result import Request
-from rag_prune.context.windows import encode_plain, sentence_means, tokenise
+from rag_prune.context.windows import Tokens, encode_plain, sentence_means, tokenise
 
 
 class Cross(Engine):
@@ -27,11 +27,20 @@ class Cross(Engine):
 
     name = "provence"
 
-    def logits(self, requests: Sequence[Request]) -> list[list[tuple[Floats, float]]]:
+    def logits(self, requests: Sequence[Request]) -> Logits:
+        return self.begin(requests)()
+
+    def begin(self, requests: Sequence[Request]) -> Callable[[], Logits]:
         tokenizer = self.checkpoint.tokenizer
         passages = [p for request in requests for p in request.passages]
         tokens = tokenise(tokenizer, [p.text for p in passages], [p.spans for p in passages])
         frames = [partial(joint_ids, tokenizer, *head) for head in self._heads(requests)]
+        return partial(self._read, requests, tokens, frames)
+
+    def _read(
+        self, requests: Sequence[Request], tokens: Sequence[Tokens], frames: Sequence[Frame]
+    ) -> Logits:
+        passages = [p for request in requests for p in request.passages]
         keep = [np.empty(len(t.ids)) for t in tokens]
         relevance = [-np.inf] * len(passages)
         read = self.run_windows(self.checkpoint.model.joint, tokens, frames)

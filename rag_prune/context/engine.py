@@ -6,6 +6,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import ClassVar
 
 import numpy as np
@@ -19,9 +20,13 @@ from rag_prune.context.model import pad
 from rag_prune.context.result import Request, Scores
 from rag_prune.context.windows import Tokens, batches, windows
 
-TOKENS_PER_BATCH = 2048  # padded; more of them only add padding on a CPU
+# Padded tokens of a batch, and how many of them may be padding. Where a batch is nearly free, as on
+# a CPU, padding costs more than another batch; a GPU wants much work at once.
+BATCH_LIMITS = {"cpu": (2048, 64), "cuda": (65_536, 8192)}
 
 Floats = NDArray[np.float64]
+Logits = list[list[tuple[Floats, float]]]
+Frame = Callable[[list[int]], list[int]]  # a window's tokens → the row that is read
 
 
 class Engine(ABC):
@@ -33,18 +38,29 @@ class Engine(ABC):
         self.checkpoint = checkpoint
 
     @abstractmethod
-    def logits(self, requests: Sequence[Request]) -> list[list[tuple[Floats, float]]]:
+    def logits(self, requests: Sequence[Request]) -> Logits:
         """For each passage of each request its keep logits (n_sentences,) and its relevance logit.
 
         −inf stands for what holds no token: white space, control characters, nothing.
         """
 
+    def begin(self, requests: Sequence[Request]) -> Callable[[], Logits]:
+        """Do what `logits` does before the network is needed; what is returned does the rest.
+
+        It may be called in another thread, while the network still reads the requests before.
+        """
+        return partial(self.logits, requests)
+
     def score(self, requests: Sequence[Request]) -> list[list[Scores]]:
         """For each request its passages' scores, in order; no request sways another."""
-        calibration = self.checkpoint.settings.calibration[self.name]
-        return [
+        return self.begin_score(requests)()
+
+    def begin_score(self, requests: Sequence[Request]) -> Callable[[], list[list[Scores]]]:
+        """`score` in two steps, as `begin` is to `logits`."""
+        logits, calibration = self.begin(requests), self.checkpoint.settings.calibration[self.name]
+        return lambda: [
             [Scores(float(expit(relevance)), calibration(keep)) for keep, relevance in passages]
-            for passages in self.logits(requests)
+            for passages in logits()
         ]
 
     def run(
@@ -60,8 +76,13 @@ class Engine(ABC):
             equal[tuple(row)].append(i)
         distinct = list(equal.values())
         device = next(self.checkpoint.model.parameters()).device
-        with torch.inference_mode():
-            for batch in batches([len(rows[same[0]]) for same in distinct], TOKENS_PER_BATCH):
+        multiply_in = self.checkpoint.multiply_in
+        with (
+            torch.inference_mode(),
+            torch.autocast(device.type, multiply_in, enabled=multiply_in != torch.float32),
+        ):
+            limits = BATCH_LIMITS.get(device.type, BATCH_LIMITS["cuda"])
+            for batch in batches([len(rows[same[0]]) for same in distinct], *limits):
                 ids, mask = pad(
                     [rows[distinct[j][0]] for j in batch], self.checkpoint.tokenizer.pad_token_id
                 )
@@ -74,7 +95,7 @@ class Engine(ABC):
         self,
         forward: Callable[[Tensor, Tensor], Tensor],
         tokens: Sequence[Tokens],
-        frames: Sequence[Callable[[list[int]], list[int]]],
+        frames: Sequence[Frame],
     ) -> Iterator[tuple[int, tuple[int, int], Floats, Floats]]:
         """Run every passage in windows, each put into a row by the passage's frame.
 

@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -39,29 +39,34 @@ class Task:
 
 
 def build_tasks(
-    rows: Sequence[Mapping[str, Any]], *, hard: bool, n_passages: int = 5, seed: int = 0
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    distractors: Literal["random", "bm25", "same_title"],
+    n_passages: int = 5,
+    seed: int = 0,
 ) -> list[Task]:
     """Tasks from training rows (see `rag_prune.context.train`); those without evidence make none.
 
-    Distractors are passages of other rows with another title that hold none of the answers: drawn
-    at random, or, when `hard`, those nearest to the question by BM25. Passages are in random order.
+    Distractors are passages of other rows that hold none of the answers: drawn at random from other
+    titles; those of other titles that are nearest to the question by BM25; or drawn from the same
+    title, where a question whose title has too few makes no task. Passages are in random order.
 
-    Raises InputError when there are too few passages to choose from.
+    Raises InputError when there are too few passages of other titles to choose from.
     """
     import bm25s
 
     pool = list({row["passage"]: row for row in rows}.values())
     index = bm25s.BM25()
-    if hard and pool:
+    if distractors == "bm25" and pool:
         passages = bm25s.tokenize([r["passage"] for r in pool], show_progress=False)
         index.index(passages, show_progress=False)
-    tasks = []
+    tasks, near = [], distractors == "same_title"
     for number, row in enumerate(rows):
         if not row["evidence"]:
             continue
         title, answers = row.get("title"), tuple(row.get("answers", ()))
         rng = np.random.default_rng((seed, number))
-        if hard:
+        if distractors == "bm25":
             query = bm25s.tokenize([row["question"]], show_progress=False)
             found, _ = index.retrieve(query, k=len(pool), show_progress=False, n_threads=1)
             order = [int(i) for i in found[0]]
@@ -71,10 +76,12 @@ def build_tasks(
             pool[i]
             for i in order
             if pool[i]["passage"] != row["passage"]
-            and (title is None or pool[i].get("title") != title)
+            and (title is not None and pool[i].get("title") == title) == near
             and not any(a.lower() in pool[i]["passage"].lower() for a in answers)
         ][: n_passages - 1]
         if len(others) < n_passages - 1:
+            if near:
+                continue
             raise InputError(
                 f"A task needs {n_passages - 1} distractors, and only {len(others)} of {len(pool)} "
                 f"passages can serve for the question {row['question']!r}. Give more rows."
@@ -129,6 +136,17 @@ class Scored:
         """nDCG@k with one right passage a task."""
         return float(np.where(self.rank <= k, 1 / np.log2(1 + self.rank), 0).mean())
 
+    @property
+    def ece(self) -> float:
+        """Expected calibration error of the sentences' probabilities, in 15 equal bins.
+
+        Guo et al., On calibration of modern neural networks, 2017, arXiv:1706.04599, eq. 3: how far
+        the share of evidence in a bin is from its mean probability, weighted by sentences.
+        """
+        number = np.minimum((self.score * 15).astype(int), 14)
+        gaps = np.bincount(number, self.score - self.evidence, minlength=15)
+        return float(np.abs(gaps).sum() / len(self.score))
+
     def resample(self, rng: np.random.Generator) -> Scored:
         """The same measurement on tasks drawn with replacement."""
         n = len(self.rank)
@@ -182,7 +200,7 @@ def measure(
     def figures(s: Scored) -> dict[str, float]:
         out = {"recall": s.recall(threshold), "compression": s.compression(threshold)}
         out |= {f"compression_at_{r:.2f}": s.compression(s.threshold_at(r)) for r in RECALLS}
-        return out | {"mrr": s.mrr, "ndcg@5": s.ndcg(5)}
+        return out | {"mrr": s.mrr, "ndcg@5": s.ndcg(5), "ece": s.ece}
 
     rng = np.random.default_rng(seed)
     drawn = [figures(scored.resample(rng)) for _ in range(resamples)]

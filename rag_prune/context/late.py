@@ -23,7 +23,7 @@ from safetensors.numpy import load_file, save
 from prune_core.errors import InputError
 from prune_core.storage import StrPath, atomic_write
 from rag_prune.context.checkpoints import Checkpoint
-from rag_prune.context.engine import Engine, Floats, fit_question
+from rag_prune.context.engine import Engine, Floats, Logits, fit_question
 from rag_prune.context.model import KEEP, RELEVANCE, alone_ids
 from rag_prune.context.result import Passage, PassageLike, Request
 from rag_prune.context.sentences import SPLITTER
@@ -60,7 +60,7 @@ class Late(Engine):
         self._recent: dict[str, Vectors] = {}  # the one used last comes last
         self._recent_lock = threading.Lock()
 
-    def logits(self, requests: Sequence[Request]) -> list[list[tuple[Floats, float]]]:
+    def logits(self, requests: Sequence[Request]) -> Logits:
         passages = [p for request in requests for p in request.passages]
         keys = [self._key(p) for p in passages]
         known = self._read(dict(zip(keys, passages, strict=True)))
@@ -151,7 +151,9 @@ class Late(Engine):
         sums = [np.zeros((len(p.spans), hidden)) for p in passages]
         read = self.run_windows(self.checkpoint.model.states, tokens, frames)
         for i, (low, high), states, _ in read:
-            np.add.at(sums[i], tokens[i].sentence[low:high], states)
+            sentence = tokens[i].sentence[low:high]
+            first = np.flatnonzero(np.diff(sentence, prepend=-1))
+            sums[i][sentence[first]] += np.add.reduceat(states, first)
         return [Vectors(_unit(s), _unit(s.sum(0))) for s in sums]
 
 

@@ -7,8 +7,10 @@ for transformers and vLLM. The `late` engine uses the same encoder on question a
 and six numbers more: how cosines become logits.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -38,12 +40,26 @@ class PrunerModel(nn.Module):
         return states.float()
 
 
-def pad(rows: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+def pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
     """Right-pad id rows to one (batch, tokens) tensor and its attention mask."""
-    width = max(map(len, rows))
-    ids = torch.tensor([row + [pad_id] * (width - len(row)) for row in rows])
-    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
-    return ids, mask
+    lengths = np.array([len(row) for row in rows])
+    ids = np.full((len(rows), lengths.max()), pad_id, dtype=np.int64)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = row
+    mask = (np.arange(ids.shape[1]) < lengths[:, None]).astype(np.int64)
+    return torch.from_numpy(ids), torch.from_numpy(mask)
+
+
+def fast_bfloat16() -> bool:
+    """Whether this processor multiplies bfloat16 itself; elsewhere it is many times slower."""
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def fast_dtype(device: torch.device) -> torch.dtype:
+    """The shortest type that the device multiplies faster than float32, or float32 itself."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return torch.bfloat16 if device.type == "cpu" and fast_bfloat16() else torch.float32
 
 
 def joint_ids(

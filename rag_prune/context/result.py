@@ -68,10 +68,14 @@ class Request:
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """relevance: of the passage, in [0, 1].   sentences: (n_sentences,) probabilities to help."""
+    """relevance: of the passage, in [0, 1].   sentences: (n_sentences,) probabilities to help.
+
+    A scorer that cuts finer than sentences gives the spans that it scored: they tile the text.
+    """
 
     relevance: float
     sentences: NDArray[np.float64]
+    spans: tuple[Span, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -204,6 +208,11 @@ class PrunedContext:
         reorder: bool = True,
     ) -> PrunedContext:
         """Cut scored passages at a budget."""
+        passages = (
+            p if s.spans is None else replace(p, spans=s.spans)
+            for p, s in zip(request.passages, scores, strict=True)
+        )
+        request = replace(request, passages=tuple(passages))
         uncut = cls(request.question, (), method, reorder, budget, request, tuple(scores))
         return uncut._cut() if budget.max_tokens is None else uncut._cut_at_tokens()
 

@@ -12,6 +12,7 @@ softmax over all sentences of the batch, and over its passages); it leaves an en
 states already carry similarity, and which is kept as `late-model`. Then, with the learning rate
 raised and lowered once more, joint reading is trained as well: per token and per sentence for the
 keep head, and for the relevance head a choice between the question's passage and a BM25-hard one.
+On the steps that train both engines each of them also learns from the mean of the two.
 
 Steps are drawn from the seed and their number alone, so a run that was stopped goes on from its
 last checkpoint to the same weights. A run's folder holds
@@ -20,7 +21,7 @@ last checkpoint to the same weights. A run's folder holds
     late-model/             the pruner after the first share of the steps
     training.safetensors    weights and optimiser of the last checkpoint, to go on from
     log.jsonl               the mean losses of every 50 steps
-    run.json                settings, versions, machine and time
+    run.json                settings, versions, machine, time, and figures on the dev rows
 """
 
 from __future__ import annotations
@@ -48,12 +49,20 @@ from prune_core.provenance import provenance
 from prune_core.storage import atomic_write, read_jsonl, write_json
 from rag_prune.context.both import Both
 from rag_prune.context.calibrate import calibrate
-from rag_prune.context.checkpoints import ENGINES, Checkpoint, Settings, save
+from rag_prune.context.checkpoints import (
+    ENGINES,
+    Checkpoint,
+    Settings,
+    is_pruner,
+    load,
+    save,
+)
 from rag_prune.context.cross import Cross
-from rag_prune.context.evaluate import Task, build_tasks
+from rag_prune.context.evaluate import Task, build_tasks, measure, score_tasks
 from rag_prune.context.late import Late
 from rag_prune.context.model import PrunerModel
-from rag_prune.context.train_losses import joint_loss, late_loss
+from rag_prune.context.pruner import DEFAULT_THRESHOLD, ContextPruner
+from rag_prune.context.train_losses import agreement_loss, joint_loss, late_loss
 from rag_prune.context.train_rows import (
     Piece,
     Row,
@@ -68,12 +77,13 @@ LOG_EVERY = 50
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """What one run does; the defaults made the bundled pruner (docs/context-training.md)."""
+    """What one run does; docs/context-training.md has the two runs of the bundled pruner."""
 
     steps: int = 1250
     questions: int = 16  # per step; each brings its own passage and a hard one
     late_share: float = 0.29  # of the steps, trained on the late engine alone
-    late_every: int = 4  # afterwards the late losses are taken on every n-th step
+    late_every: int = 2  # afterwards the late losses are taken on every n-th step
+    agreement: float = 0.5  # weight, on those steps, of what the engines learn from their mean
     # Its peak; the linear heads learn 5 times, the late weights 100 times as fast.
     learning_rate: float = 7e-5
     warmup: float = 0.06  # of each stage; after it the rate falls linearly to nothing
@@ -99,6 +109,8 @@ class TrainConfig:
         for name, share in shares.items():
             if not 0 <= share <= 1:
                 raise InputError(f"{name} is a share between 0 and 1, got {share}.")
+        if self.agreement < 0:
+            raise InputError(f"agreement is a weight of at least 0, got {self.agreement}.")
         if self.max_tokens < 128:
             raise InputError(
                 f"max_tokens must be at least 128, got {self.max_tokens}: question and title may "
@@ -147,7 +159,8 @@ def train(
     Args:
         config: The recipe.
         train_file: JSONL rows to learn from.
-        base: Encoder to start from, a folder or a hub name with safetensors.
+        base: What to start from, a folder or a hub name with safetensors: an encoder, or a folder
+            with a pruner (as `rag_prune/context/default`) to go on training it.
         out: Folder of the run.
         dev_file: JSONL rows of other titles; the probabilities are calibrated on them, so that a
             threshold of 0.1 keeps 97 % of their evidence sentences. They are read before the
@@ -167,8 +180,7 @@ def train(
     if method not in ENGINES:
         raise unknown_name("engine", method, ENGINES)
     torch.manual_seed(config.seed)
-    tokenizer, network = _encoder(base)
-    model = PrunerModel(network)
+    tokenizer, model = _start(base)
     optimiser = _optimiser(model, config)
     tasks = None if dev_file is None else _tasks(dev_file)
     out.mkdir(parents=True, exist_ok=True)
@@ -182,12 +194,38 @@ def train(
         settings = _calibrated(model, tokenizer, settings, tasks)
     final = out / "model"
     save(final, model, tokenizer, settings, int8=int8, overwrite=True)
-    write_json(out / "run.json", provenance(seed=config.seed, config=asdict(config)))
+    dev = {} if tasks is None else _figures(final, tasks)
+    write_json(out / "run.json", provenance(seed=config.seed, config=asdict(config), dev=dev))
     return final
 
 
+def report(run: Path) -> str:
+    """What a finished run says of its dev rows, one line an engine; empty when it had none."""
+    dev = json.loads((run / "run.json").read_text(encoding="utf-8"))["extra"]["dev"]
+    return "\n".join(
+        f"{name:10} at threshold 0.1: evidence kept {of['recall']:.3f}, "
+        f"text dropped {of['compression']:.3f}; at recall .95: dropped "
+        f"{of['compression_at_0.95']:.3f}; MRR {of['mrr']:.3f}; calibration error {of['ece']:.3f}"
+        for name, of in dev.items()
+    )
+
+
+def _start(base: str) -> tuple[Any, PrunerModel]:
+    """Tokenizer and model to start from: a pruner as it is, or an encoder with two new rows."""
+    folder = Path(base)
+    if folder.is_dir() and is_pruner(folder):
+        checkpoint = load(folder)
+        tokenizer, model = checkpoint.tokenizer, checkpoint.model
+    else:
+        tokenizer, network = _encoder(base)
+        model = PrunerModel(network)
+    # Half of a small encoder's weights are word vectors; frozen, they cost Adam nothing.
+    model.classifier.get_input_embeddings().requires_grad_(False)
+    return tokenizer, model
+
+
 def _encoder(base: str) -> tuple[Any, Any]:
-    """The tokenizer and the network to start from, its two linear rows new."""
+    """The tokenizer and the network of an encoder, its two linear rows new."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
         network = AutoModelForTokenClassification.from_pretrained(
@@ -204,8 +242,6 @@ def _encoder(base: str) -> tuple[Any, Any]:
             f"Cannot start from '{base}': name a folder or a hub name with an encoder, its "
             f"tokenizer and safetensors weights. {error}"
         ) from error
-    # Half of a small encoder's weights are word vectors; frozen, they cost Adam nothing.
-    network.get_input_embeddings().requires_grad_(False)
     return tokenizer, network
 
 
@@ -252,10 +288,13 @@ def _steps(
             group["lr"] = peak * rate_share(config, step)
         own, hard = draw(rows, negatives, config, step)
         losses: dict[str, Tensor] = {}
+        late = joint = None
         if step < late_only or step % config.late_every == 0:
-            losses["late"] = late_loss(model, tokenizer, own, hard)
+            losses["late"], late = late_loss(model, tokenizer, own, hard)
         if step >= late_only:
-            losses["joint"] = joint_loss(model, tokenizer, own, hard)
+            losses["joint"], joint = joint_loss(model, tokenizer, own, hard)
+        if late and joint and config.agreement:
+            losses["agreement"] = config.agreement * agreement_loss(joint, late, own, hard)
         loss = sum(losses.values(), start=torch.zeros(()))
         if not math.isfinite(loss.item()):
             raise InputError(
@@ -304,7 +343,7 @@ class _Log:
 def _tasks(dev_file: Path) -> list[Task]:
     """Tasks of the dev rows, with random and with hard distractors."""
     rows = labelled_rows(dev_file)
-    return [*build_tasks(rows, hard=False), *build_tasks(rows, hard=True)]
+    return [*build_tasks(rows, distractors="random"), *build_tasks(rows, distractors="bm25")]
 
 
 def _calibrated(
@@ -316,6 +355,16 @@ def _calibrated(
     return replace(
         settings, calibration={name: calibrate(engine, tasks) for name, engine in engines.items()}
     )
+
+
+def _figures(folder: Path, tasks: Sequence[Task]) -> dict[str, dict[str, float]]:
+    """Each engine's figures on the tasks, as the finished folder gives them."""
+    out = {}
+    for engine in ENGINES:
+        scored = score_tasks(ContextPruner.from_pretrained(folder, method=engine), tasks)
+        figures = measure(scored, DEFAULT_THRESHOLD)
+        out[engine] = {name: figure["value"] for name, figure in figures.items()}
+    return out
 
 
 def _save_state(
@@ -384,6 +433,7 @@ def main() -> None:
     train_file, dev_file = run.pop("train"), run.pop("dev")
     try:
         print(train(TrainConfig(**args), train_file, dev_file=dev_file, **run))
+        print(report(run["out"]))
     except (PruneError, OSError) as error:
         parser.exit(2, f"{parser.prog}: {' '.join(str(error).split())}\n")
     except KeyboardInterrupt:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rag_prune.context.model import KEEP, RELEVANCE, PrunerModel, alone_ids, joint_ids, pad
+from rag_prune.context.model import (
+    KEEP,
+    RELEVANCE,
+    PrunerModel,
+    alone_ids,
+    fast_bfloat16,
+    joint_ids,
+    pad,
+)
 from rag_prune.context.train_rows import IGNORED, Piece
-
-
-def fast_bfloat16() -> bool:
-    """Whether this processor multiplies bfloat16 itself; elsewhere it is many times slower."""
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def _token_targets(pieces: Sequence[Piece], width: int) -> tuple[Tensor, Tensor]:
@@ -68,7 +72,48 @@ def _read(
         return forward(*pad(rows, pad_id))
 
 
-def joint_loss(model: PrunerModel, tokenizer: Any, own: list[Piece], hard: list[Piece]) -> Tensor:
+@dataclass(frozen=True, eq=False)
+class Verdict:
+    """An engine's logits on a step's own and hard passages.
+
+    keep: (2 · questions, n_sentences), own passages first. relevance: (2 · questions,).
+    """
+
+    keep: Tensor
+    relevance: Tensor
+
+    @property
+    def margin(self) -> Tensor:
+        """(questions,) by how much the own passage leads the hard one."""
+        own, hard = self.relevance.chunk(2)
+        return own - hard
+
+
+def agreement_loss(a: Verdict, b: Verdict, own: list[Piece], hard: list[Piece]) -> Tensor:
+    """Both engines learn from their mean, which is better than either of them.
+
+    Sentences by cross-entropy with the mean's probabilities, which also speak of sentences that no
+    person marked; passages by the squared difference of margins (Hofstätter et al., Improving
+    efficient neural ranking models with cross-architecture knowledge distillation, 2020,
+    arXiv:2010.02666, §3.2), with the ensemble as the teacher (Lan et al., Knowledge distillation by
+    on-the-fly native ensemble, 2018, arXiv:1806.04606).
+    """
+    pieces = own + hard
+    read = torch.zeros_like(a.keep, dtype=torch.bool)
+    for i, p in enumerate(pieces):
+        read[i, p.sentence] = True
+    keep = ((a.keep + b.keep) / 2).sigmoid().detach()[read]
+    margin = ((a.margin + b.margin) / 2).detach()
+    loss = torch.zeros(())
+    for verdict in (a, b):
+        loss = loss + F.binary_cross_entropy_with_logits(verdict.keep[read], keep)
+        loss = loss + 0.1 * F.mse_loss(verdict.margin, margin)
+    return loss
+
+
+def joint_loss(
+    model: PrunerModel, tokenizer: Any, own: list[Piece], hard: list[Piece]
+) -> tuple[Tensor, Verdict]:
     """Keep and relevance losses of the `cross` engine on the questions' own and hard passages."""
     pieces = own + hard
     questions = [p.row.question_ids for p in own] * 2
@@ -89,15 +134,18 @@ def joint_loss(model: PrunerModel, tokenizer: Any, own: list[Piece], hard: list[
         if answered.any()
         else relevance.sum() * 0
     )
-    return (
+    loss = (
         _masked_bce(keep, label)
         + _masked_bce(pooled.squeeze(-1), _sentence_targets(pieces, n))
         + F.binary_cross_entropy_with_logits(relevance, is_right)
         + 0.5 * ranking
     )
+    return loss, Verdict(pooled.squeeze(-1), relevance)
 
 
-def late_loss(model: PrunerModel, tokenizer: Any, own: list[Piece], hard: list[Piece]) -> Tensor:
+def late_loss(
+    model: PrunerModel, tokenizer: Any, own: list[Piece], hard: list[Piece]
+) -> tuple[Tensor, Verdict]:
     """Losses of the `late` engine: every passage of the batch is a candidate for every question."""
     pieces = own + hard
     ids = [alone_ids(tokenizer, p.title_ids, p.ids) for p in pieces]
@@ -144,12 +192,14 @@ def late_loss(model: PrunerModel, tokenizer: Any, own: list[Piece], hard: list[P
     rows = torch.arange(k)
     own_target = targets[rows]
     own_keep, hard_keep = keep[rows, rows], keep[rows, rows + k]
+    right, wrong = relevance[rows, rows], relevance[rows, rows + k]
+    verdict = Verdict(torch.cat([own_keep, hard_keep]), torch.cat([right, wrong]))
     bce = _masked_bce(own_keep, own_target) + _masked_bce(
         hard_keep, torch.where(targets[rows + k] >= 0, 0, IGNORED)
     )
     answered = (own_target == 1).any(-1)
     if not answered.any():
-        return bce
+        return bce, verdict
     candidates = usable.unsqueeze(-1) & real
     candidates[rows, rows] &= own_target >= 0
     energy = keep.masked_fill(~candidates, -1e4).flatten(1)
@@ -157,13 +207,11 @@ def late_loss(model: PrunerModel, tokenizer: Any, own: list[Piece], hard: list[P
     positive[rows, rows] = own_target == 1
     sentences = energy.logsumexp(1) - energy.masked_fill(~positive.flatten(1), -1e4).logsumexp(1)
     passages = F.cross_entropy(relevance.masked_fill(~usable, -1e4), rows, reduction="none")
-    right = relevance[rows, rows], answered.float()
-    wrong = relevance[rows, rows + k], torch.zeros(k)
     loss: Tensor = (
         bce
         + sentences[answered].mean()
         + passages[answered].mean()
-        + F.binary_cross_entropy_with_logits(*right)
-        + F.binary_cross_entropy_with_logits(*wrong)
+        + F.binary_cross_entropy_with_logits(right, answered.float())
+        + F.binary_cross_entropy_with_logits(wrong, torch.zeros(k))
     )
-    return loss
+    return loss, verdict

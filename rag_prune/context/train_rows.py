@@ -128,8 +128,9 @@ def sentence_labels(
 def hard_negatives(rows: Sequence[Row], per_question: int = 12) -> list[list[int]]:
     """For each row, indices of rows whose passage looks right by BM25 and does not answer.
 
-    The question's own unanswered passages come first; then the nearest passages of other titles
-    that hold none of its answers.
+    The question's own unanswered passages come first; then the nearest ones that hold none of its
+    answers. Another passage of the same title may answer all the same, so it serves only where the
+    answers are known.
     """
     import bm25s
 
@@ -156,7 +157,7 @@ def hard_negatives(rows: Sequence[Row], per_question: int = 12) -> list[list[int
             same_title = row.title is not None and other.title == row.title
             if (
                 passage != row.passage
-                and not same_title
+                and (row.answers or not same_title)
                 and not any(a in passage for a in row.answers)
             ):
                 wanted.append(first_row[passage])

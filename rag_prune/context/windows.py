@@ -6,7 +6,7 @@ token lies in a window, and takes its score from the one where it stands farthes
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
@@ -38,7 +38,7 @@ def encode_plain(tokenizer: Any, texts: Sequence[str]) -> Any:
     """Token ids and offsets of texts taken literally: "[SEP]" is five characters of text."""
     if not texts:
         return {"input_ids": [], "offset_mapping": []}
-    return tokenizer(
+    encoded = tokenizer(
         [readable(text) for text in texts],
         add_special_tokens=False,
         split_special_tokens=True,
@@ -47,6 +47,13 @@ def encode_plain(tokenizer: Any, texts: Sequence[str]) -> Any:
         truncation=False,
         verbose=False,
     )
+    # A sentencepiece vocabulary holds "</s>" among its pieces, so that text which spells it would
+    # still become the separator; there it is read as unknown.
+    special, unknown = set(tokenizer.all_special_ids), tokenizer.unk_token_id
+    for text, ids in zip(texts, encoded["input_ids"], strict=True):
+        if any(token in text for token in tokenizer.all_special_tokens):
+            ids[:] = [unknown if i in special else i for i in ids]
+    return encoded
 
 
 def tokenise(tokenizer: Any, texts: Sequence[str], spans: Sequence[Sequence[Span]]) -> list[Tokens]:
@@ -56,7 +63,7 @@ def tokenise(tokenizer: Any, texts: Sequence[str], spans: Sequence[Sequence[Span
     for ids, offsets, sentences in zip(
         encoded["input_ids"], encoded["offset_mapping"], spans, strict=True
     ):
-        ends = np.array([end for _, end in offsets], dtype=np.int64)
+        ends = np.fromiter(chain.from_iterable(offsets), np.int64, 2 * len(offsets))[1::2]
         starts = np.array([start for start, _ in sentences], dtype=np.int64)
         sentence = np.searchsorted(starts, np.maximum(ends - 1, 0), side="right") - 1
         out.append(Tokens(np.array(ids, dtype=np.int64), sentence))
@@ -92,14 +99,24 @@ def windows(tokens: Tokens, room: int) -> list[Window]:
     return [Window(start, end, own) for (start, end), own in zip(bounds, owned, strict=True)]
 
 
-def batches(lengths: Sequence[int], tokens_per_batch: int) -> Iterator[list[int]]:
-    """Indices grouped by length, longest first, at most `tokens_per_batch` padded tokens each."""
+def batches(
+    lengths: Sequence[int], tokens_per_batch: int, padding_per_batch: int
+) -> Iterator[list[int]]:
+    """Indices grouped by length, longest first.
+
+    A batch has at most `tokens_per_batch` tokens after padding, `padding_per_batch` of them added
+    by it; a single row may be longer.
+    """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     batch: list[int] = []
+    padding = 0
     for i in order:
-        if batch and lengths[batch[0]] * (len(batch) + 1) > tokens_per_batch:
+        width = lengths[batch[0]] if batch else lengths[i]
+        padding += width - lengths[i]
+        full = width * (len(batch) + 1) > tokens_per_batch
+        if batch and (full or padding > padding_per_batch):
             yield batch
-            batch = []
+            batch, padding = [], 0
         batch.append(i)
     if batch:
         yield batch

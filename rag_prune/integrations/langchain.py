@@ -5,9 +5,8 @@
     {"question": RunnablePassthrough(), "documents": retriever} | prune | prompt | model
 
 Documents come back as new objects, best first, their text cut to the sentences that help; those
-with nothing left are missing. Id and metadata stay, and metadata gains `relevance_score` and
-`kept_spans`: [[start, end], …] into the original `page_content`, whose slices joined are the new
-one. A string `metadata["title"]` is shown to the pruner.
+with nothing left are missing. Id and metadata stay; what metadata gains, and which title is read,
+is said in `documents.py`.
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ from pydantic import ConfigDict, model_validator
 from prune_core.errors import InputError, PruneError
 from rag_prune.context.pruner import ContextPruner
 from rag_prune.context.result import PassageLike, PrunedPassage
+from rag_prune.integrations.documents import as_passage, new_metadata
 
 Query = tuple[str, Sequence[Document]]
 Input = dict[str, Any]
@@ -147,15 +147,9 @@ def _query(given: Any) -> Query:
 def _passage(document: Document) -> PassageLike:
     if not isinstance(document, Document):
         raise InputError(f"A document must be LangChain's, got {type(document).__name__}.")
-    title = document.metadata.get("title")
-    return {"text": document.page_content, "title": title if isinstance(title, str) else None}
+    return as_passage(document.page_content, document.metadata)
 
 
 def _cut(document: Document, passage: PrunedPassage) -> Document:
-    found = {
-        "relevance_score": passage.relevance,
-        "kept_spans": [[sentence.start, sentence.end] for sentence in passage.kept],
-    }
-    return document.model_copy(
-        update={"page_content": passage.text, "metadata": document.metadata | found}
-    )
+    metadata = document.metadata | new_metadata(document.page_content, passage)
+    return document.model_copy(update={"page_content": passage.text, "metadata": metadata})

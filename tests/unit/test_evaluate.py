@@ -76,6 +76,14 @@ def test_mrr_and_ndcg() -> None:
     assert ranks.ndcg(11) == pytest.approx((1 + 1 / log2(3.5) + 1 / log2(12)) / 3)
 
 
+def test_calibration_error() -> None:
+    """Bins of 1/15: two sentences near 0.1 with none of the evidence, two near 0.9 with one."""
+    score = np.array([0.10, 0.12, 0.90, 0.92, 1.0])
+    evidence = np.array([False, False, True, False, True])
+    scored = Scored(score, np.ones(5), np.zeros(5, dtype=int), evidence, np.ones(1))
+    assert scored.ece == pytest.approx((0.22 + 0.82 + 0.0) / 5)
+
+
 def test_resampling_draws_whole_tasks() -> None:
     drawn = SCORED.resample(np.random.default_rng(0))
     assert len(drawn.rank) == 2
@@ -163,10 +171,10 @@ ROWS = [
 ]
 
 
-@pytest.mark.parametrize("hard", [False, True])
-def test_distractors_have_another_title_and_hold_no_answer(hard: bool) -> None:
+@pytest.mark.parametrize("distractors", ["random", "bm25"])
+def test_distractors_have_another_title_and_hold_no_answer(distractors: Any) -> None:
     for seed in range(5):
-        (task,) = build_tasks(ROWS, hard=hard, seed=seed)  # only one row has evidence
+        (task,) = build_tasks(ROWS, distractors=distractors, seed=seed)  # only one row has evidence
         texts = [p["text"] for p in task.passages]
         assert len(set(texts)) == 5
         assert texts[task.gold] == ROWS[0]["passage"]
@@ -177,18 +185,29 @@ def test_distractors_have_another_title_and_hold_no_answer(hard: bool) -> None:
 
 
 def test_hard_distractors_are_the_nearest_by_bm25() -> None:
-    (task,) = build_tasks(ROWS, hard=True, n_passages=3)
+    (task,) = build_tasks(ROWS, distractors="bm25", n_passages=3)
     assert {p["title"] for p in task.passages} == {"Radium", "Paint", "Gold"}
 
 
-@pytest.mark.parametrize("hard", [False, True])
-def test_tasks_follow_from_rows_and_seed(hard: bool) -> None:
-    assert build_tasks(ROWS, hard=hard, seed=3) == build_tasks(ROWS, hard=hard, seed=3)
+@pytest.mark.parametrize("distractors", ["random", "bm25"])
+def test_tasks_follow_from_rows_and_seed(distractors: Any) -> None:
+    assert build_tasks(ROWS, distractors=distractors, seed=3) == build_tasks(
+        ROWS, distractors=distractors, seed=3
+    )
     orders = {
-        tuple(p["text"] for p in build_tasks(ROWS, hard=hard, seed=seed)[0].passages)
+        tuple(p["text"] for p in build_tasks(ROWS, distractors=distractors, seed=seed)[0].passages)
         for seed in range(10)
     }
     assert len(orders) > 1
+
+
+def test_distractors_of_the_same_title() -> None:
+    rows = [*ROWS, row("Radium", "Radium is heavy."), row("Radium", "Marie Curie liked radium.")]
+    (task,) = build_tasks(rows, distractors="same_title", n_passages=3)
+    assert {p["text"] for p in task.passages} == {rows[i]["passage"] for i in (0, 1, 8)}
+    assert build_tasks(rows, distractors="same_title") == []  # four of them there are not
+    untitled = [row(None, f"Number {i} of ten.", "?", [[0, 8]]) for i in range(10)]
+    assert build_tasks(untitled, distractors="same_title") == []
 
 
 def test_title_and_answers_may_be_absent() -> None:
@@ -196,18 +215,18 @@ def test_title_and_answers_may_be_absent() -> None:
         {"question": "Xyzzy?", "passage": f"Number {i} of ten.", "evidence": [[0, 8]]}
         for i in range(10)
     ]
-    for hard in (False, True):  # no word of the question is in any passage
-        tasks = build_tasks(rows, hard=hard)
+    for distractors in ("random", "bm25"):  # no word of the question is in any passage
+        tasks = build_tasks(rows, distractors=distractors)
         assert len(tasks) == 10
         assert tasks[0].passages[tasks[0].gold] == {"title": None, "text": "Number 0 of ten."}
         assert tasks[0].answers == ()
 
 
-@pytest.mark.parametrize("hard", [False, True])
-def test_too_few_passages_to_choose_from(hard: bool) -> None:
+@pytest.mark.parametrize("distractors", ["random", "bm25"])
+def test_too_few_passages_to_choose_from(distractors: Any) -> None:
     with pytest.raises(InputError, match=r"needs 4 distractors, and only 2 of 5 .* Give more"):
-        build_tasks(ROWS[:5], hard=hard)
-    assert build_tasks([], hard=hard) == []
+        build_tasks(ROWS[:5], distractors=distractors)
+    assert build_tasks([], distractors=distractors) == []
 
 
 # ------------------------------------------------------------------------- measure and compare
@@ -236,6 +255,7 @@ def test_measure_gives_every_figure_with_an_interval_around_it() -> None:
         "compression_at_0.98",
         "mrr",
         "ndcg@5",
+        "ece",
     ]
     for figure in figures.values():
         low, high = figure["interval"]
@@ -248,7 +268,7 @@ def test_measure_gives_every_figure_with_an_interval_around_it() -> None:
 
 
 def test_keep_all_and_random_are_always_compared() -> None:
-    tasks = build_tasks(ROWS, hard=True, n_passages=3)
+    tasks = build_tasks(ROWS, distractors="bm25", n_passages=3)
     report = compare({"bm25": ContextPruner.from_pretrained(method="bm25")}, tasks)
     json.dumps(report)
     methods = report["methods"]
@@ -265,7 +285,9 @@ def test_keep_all_and_random_are_always_compared() -> None:
 
 def test_a_given_random_is_not_replaced() -> None:
     table = {r["passage"]: (0.5, [0.5] * r["passage"].count(".")) for r in ROWS}
-    report = compare({"random": ContextPruner(ByTable(table))}, build_tasks(ROWS, hard=False))
+    report = compare(
+        {"random": ContextPruner(ByTable(table))}, build_tasks(ROWS, distractors="random")
+    )
     assert report["methods"]["random"]["recall"]["value"] == 1
 
 

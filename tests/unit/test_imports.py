@@ -9,7 +9,16 @@ import pytest
 from rag_prune import METHODS
 
 ROOT = Path(__file__).parents[2]
-HEAVY = ("torch", "transformers", "sklearn", "scipy", "vllm", "langchain_core", "jinja2")
+HEAVY = (
+    "torch",
+    "transformers",
+    "sklearn",
+    "scipy",
+    "vllm",
+    "langchain_core",
+    "jinja2",
+    "starlette",
+)
 
 
 def test_importing_the_packages_is_light_and_fast():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -21,12 +22,9 @@ from rag_prune.context.checkpoints import ENGINES, Settings, load, save
 from rag_prune.context.evaluate import build_tasks, score_tasks
 from rag_prune.context.model import pad
 from rag_prune.context.pruner import DEFAULT_THRESHOLD
-from rag_prune.context.train import TrainConfig, draw, rate_share, train
-from rag_prune.context.train_rows import (
-    hard_negatives,
-    labelled_rows,
-    read_rows,
-)
+from rag_prune.context.train import TrainConfig, draw, rate_share, report, train
+from rag_prune.context.train_losses import Verdict, agreement_loss
+from rag_prune.context.train_rows import Piece, hard_negatives, labelled_rows, read_rows
 from tiny import toy_rows, toy_tokenizer, write_rows
 
 
@@ -69,29 +67,13 @@ def train_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"questions": 1}, "questions at least 2"),
         ({"late_share": 1.5}, "late_share is a share between 0 and 1, got 1.5"),
         ({"hard_rate": -0.1}, "hard_rate is a share between 0 and 1, got -0.1"),
+        ({"agreement": -1.0}, "agreement is a weight of at least 0, got -1.0"),
         ({"max_tokens": 100}, "max_tokens must be at least 128, got 100"),
     ],
 )
 def test_a_recipe_that_cannot_be(change: dict[str, Any], said: str) -> None:
     with pytest.raises(InputError, match=said):
         TrainConfig(**change)
-
-
-def test_the_recipe_of_the_bundled_pruner_stays() -> None:
-    assert TrainConfig() == TrainConfig(
-        steps=1250,
-        questions=16,
-        late_share=0.29,
-        late_every=4,
-        learning_rate=7e-5,
-        warmup=0.06,
-        weight_decay=0.01,
-        max_tokens=256,
-        hard_rate=0.8,
-        title_rate=0.5,
-        save_every=200,
-        seed=0,
-    )
 
 
 def test_the_learning_rate_rises_and_falls_in_each_stage() -> None:
@@ -159,6 +141,7 @@ def test_the_losses_fall(trained: Path) -> None:
     assert [record["step"] for record in log] == [10, 20, 30, 40, 50, 60]
     late, joint = ([r[name] for r in log if name in r] for name in ("late", "joint"))
     assert (len(late), len(joint)) == (6, 3)
+    assert [record["step"] for record in log if "agreement" in record] == [40, 50, 60]
     assert late[2] < 0.2 * late[0]
     assert joint[2] < 0.8 * joint[0]
 
@@ -174,13 +157,17 @@ def test_what_a_run_leaves(trained: Path) -> None:
     }
     provenance = json.loads((run / "run.json").read_text())
     assert provenance["extra"]["config"]["learning_rate"] == TOY.learning_rate
+    assert provenance["extra"]["dev"].keys() == set(ENGINES)
+    shown = report(run).splitlines()
+    assert [line.split()[0] for line in shown] == list(ENGINES)
+    assert f"MRR {provenance['extra']['dev']['both']['mrr']:.3f}" in shown[2]
     assert load(run / "late-model").settings.method == "late"
     assert load(run / "model").settings.method == "both"
 
 
 def test_the_trained_pruner_prunes(trained: Path) -> None:
     pruner = ContextPruner.from_pretrained(trained / "run" / "model", device="cpu")
-    tasks = build_tasks(toy_rows(40), hard=True)
+    tasks = build_tasks(toy_rows(40), distractors="bm25")
     scored = score_tasks(pruner, tasks)
     chance = score_tasks(ContextPruner.from_pretrained(method="random"), tasks)
     assert scored.mrr > 0.9 > chance.mrr + 0.3
@@ -190,7 +177,7 @@ def test_the_trained_pruner_prunes(trained: Path) -> None:
 
 def test_dev_rows_give_the_default_threshold_its_meaning(trained: Path) -> None:
     rows = labelled_rows(trained / "dev.jsonl")
-    tasks = [*build_tasks(rows, hard=False), *build_tasks(rows, hard=True)]
+    tasks = [*build_tasks(rows, distractors="random"), *build_tasks(rows, distractors="bm25")]
     for method in ENGINES:
         pruner = ContextPruner.from_pretrained(
             trained / "run" / "model", method=method, device="cpu"
@@ -200,6 +187,40 @@ def test_dev_rows_give_the_default_threshold_its_meaning(trained: Path) -> None:
         scored = score_tasks(pruner, tasks)
         assert scored.recall(DEFAULT_THRESHOLD) >= 0.96
         assert scored.recall(DEFAULT_THRESHOLD + 0.02) < 1  # and not by keeping everything
+
+
+def test_training_goes_on_from_a_pruner(trained: Path, train_file: Path, tmp_path: Path) -> None:
+    before = load(trained / "run" / "model")
+    still = replace(TOY, steps=1, late_share=0.0, learning_rate=1e-12)
+    train(still, train_file, str(trained / "run" / "model"), tmp_path / "still")
+    after = load(tmp_path / "still" / "model")
+    for (name, old), new in zip(
+        before.model.state_dict().items(), after.model.state_dict().values(), strict=True
+    ):
+        assert torch.allclose(old, new, atol=1e-6), name
+
+
+def test_the_engines_learn_from_their_mean() -> None:
+    pieces = [
+        Piece(None, [], [5, 6, 7], np.array([0, 0, 1]), np.array([1, 0])),  # type: ignore[arg-type]
+        Piece(None, [], [5], np.array([0]), np.array([0])),  # type: ignore[arg-type]
+    ]
+    logits = [torch.randn(2, 2, requires_grad=True) for _ in range(2)]
+    relevance = [torch.randn(2, requires_grad=True) for _ in range(2)]
+    a, b = (Verdict(k, r) for k, r in zip(logits, relevance, strict=True))
+    agreement_loss(a, b, pieces[:1], pieces[1:]).backward()
+    mean = (a.keep + b.keep) / 2
+    for verdict in (a, b):
+        # Downhill is towards the mean, for what was read; padding teaches nothing.
+        assert verdict.keep.grad is not None
+        towards = (verdict.keep.sigmoid() - mean.sigmoid()) / 3
+        towards[1, 1] = 0
+        assert torch.allclose(verdict.keep.grad, towards.detach(), atol=1e-6)
+        assert verdict.relevance.grad is not None
+        gap = verdict.margin - (a.margin + b.margin) / 2
+        assert torch.allclose(
+            verdict.relevance.grad, 0.2 * gap.detach() * torch.tensor([1.0, -1.0])
+        )
 
 
 def stopped_after(patch: pytest.MonkeyPatch, calls: int) -> None:
@@ -294,7 +315,7 @@ def test_what_is_wrong_is_said_before_the_training(
 def test_a_loss_that_is_no_number_stops_the_run(
     base: str, train_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train_module, "late_loss", lambda *_: torch.tensor(float("nan")))
+    monkeypatch.setattr(train_module, "late_loss", lambda *_: (torch.tensor(math.nan), None))
     with pytest.raises(InputError, match="The loss is nan at step 1: try a lower learning_rate"):
         train(SHORT, train_file, base, tmp_path / "run")
     assert list((tmp_path / "run").iterdir()) == []
@@ -319,7 +340,7 @@ def test_the_command_line(
 
     assert run("--method", "late", "--int8") == 0
     shown = capsys.readouterr()
-    assert shown.out.strip() == str(tmp_path / "run" / "model")
+    assert shown.out.splitlines()[0] == str(tmp_path / "run" / "model")
     assert "training: 100%" in shown.err
     assert load(tmp_path / "run" / "model").settings.method == "late"
 
@@ -341,7 +362,7 @@ def test_int8_moves_scores_little(trained: Path, tmp_path: Path) -> None:
     settings = Settings(exact.settings.window)  # the toy's calibration is nearly a step
     for name, int8 in (("exact", False), ("int8", True)):
         save(tmp_path / name, exact.model, exact.tokenizer, settings, int8=int8)
-    tasks = build_tasks(toy_rows(20), hard=False)
+    tasks = build_tasks(toy_rows(20), distractors="random")
     for method in ENGINES:
         scores = [
             score_tasks(ContextPruner.from_pretrained(folder, method=method, device="cpu"), tasks)

@@ -1,0 +1,1 @@
+"""Pruning over HTTP: concurrent requests share batches, and the rest is guarding the door."""
