@@ -273,6 +273,55 @@ def throughput_parts() -> str:
     )
 
 
+def heads() -> str:
+    r = results("ph3", "heads")
+    test, gain = r["test"], r["gain"]
+    counts = {prefer: len(heads) for prefer, heads in r["pruned"].items()}
+    names = {
+        "none": "all heads",
+        "prefer context": f'`prefer="context"`, heads pruned: {counts["context"]}',
+        "random heads, anywhere": "as many random heads",
+        "random heads, same layers": "— of the same layers",
+        "prefer memory": f'`prefer="memory"`, heads pruned: {counts["memory"]}',
+        "none, chat": "in a chat: all heads",
+        "prefer context, chat": 'in a chat: `prefer="context"`',
+        "prefer memory, chat": 'in a chat: `prefer="memory"`',
+    }
+    gains = {f"prefer {name}": figure for name, figure in gain.items()}
+    rows = [
+        [
+            label,
+            *(with_interval(test[name][which], 100, 0) for which in ("context", "memory")),
+            with_interval(gains[name], 100, 0) if name in gains else "",
+        ]
+        for name, label in names.items()
+    ]
+    head = [
+        f"{r['facts']['test']} facts, %, with 95 % intervals",
+        "follow the context",
+        "follow the memory",
+        "gain of what is preferred",
+    ]
+    return table(head, rows)
+
+
+def heads_counts() -> str:
+    r = results("ph3", "heads")
+    right = r["dev questions, right"]
+    rows = []
+    for count, shares in {"0": r["dev"]["none"], **r["dev"]["context"]}.items():
+        asked = right["none"] if count == "0" else right.get(f"{count} heads")
+        figures = [shares["context"], shares["memory"], asked]
+        rows.append([count, *("" if f is None else f"{100 * f:.0f}" for f in figures)])
+    head = [
+        "pruned memory heads; %",
+        f"{r['facts']['dev']} facts: follow the context",
+        "follow the memory",
+        "questions with a faithful passage: right",
+    ]
+    return table(head, rows)
+
+
 def install() -> str:
     rows = [
         [f"`{r['what']}`", str(r["packages"]), str(r["megabytes"]), str(r["seconds"]), r["torch"]]
@@ -309,6 +358,8 @@ TABLES = {
     "vllm-pooling": vllm_pooling,
     "throughput": throughput,
     "throughput-parts": throughput_parts,
+    "heads": heads,
+    "heads-counts": heads_counts,
     "install": install,
     "methods": methods,
 }

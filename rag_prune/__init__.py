@@ -1,4 +1,4 @@
-"""What one request sheds: the sentences of its context that do not help to answer."""
+"""What one request sheds: sentences that do not help to answer, heads that contradict them."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ _WHERE = {
 
 METHODS = Registry(
     "rag_prune",
-    "context pruner",
+    "pruning method",
     [
         Method(
             "provence",
@@ -127,6 +127,16 @@ METHODS = Registry(
             paper="baseline: no pruning",
             needs="nothing",
             cost="no model call",
+        ),
+        Method(
+            "ph3",
+            "rag_prune.heads:PH3",
+            family="heads",
+            paper="Cutting off the head ends the conflict (PH3)",
+            year=2024,
+            arxiv="2402.18154",
+            needs="a causal language model like Llama, Mistral or Qwen; a few dozen conflicts",
+            cost="two forward passes a conflict, once; nothing a request",
         ),
     ],
 )
