@@ -11,12 +11,13 @@ win; no weight is trained.
         model.generate(...)
     ph3.fold(model).save_pretrained(folder)                     # for good, served anywhere
 
-Source: Jin et al., "Cutting Off the Head Ends the Conflict" (Findings of ACL 2024, arXiv
-2402.18154). Path patching is that of Wang et al. (arXiv 2211.00593, section 3.1): the last token's
-output of one head is replaced by the one it has for a *corrupted* prompt, which tells of another
-subject; all other heads are held, MLPs and the final norm are computed again, and the change of
-the logits is read. Ours: effects are logits of the answers' first tokens, a head's rank is the
-effect on the memory's answer less that on the context's, and the corrupted prompt is the caller's.
+Source: after Jin et al., "Cutting Off the Head Ends the Conflict" (2024, arXiv:2402.18154), of
+which only the abstract and public uses could be read, so the scores are not compared with its
+code. Path patching is that of Wang et al. (arXiv:2211.00593, section 3.1): the last token's output
+of one head is replaced by the one it has for a *corrupted* prompt, which tells of another subject;
+all other heads are held, MLPs and the final norm are computed again, and the change of the logits
+is read. Ours: effects are logits of the answers' first tokens, a head's rank is the effect on the
+memory's answer less that on the context's, and the corrupted prompt is the caller's.
 
 Cost: two forward passes a conflict, and the MLPs once more for the last token of every head.
 Nothing is added at run time, and folding removes nothing of the model's size.

@@ -13,6 +13,7 @@ import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +186,15 @@ def check_context(line: str, place: Place) -> None:
 OUTPUTS = ("--out", "--html")
 
 
+def check_options(line: str, place: Place) -> None:
+    """The command and its options are there; what they do is tested where it is fast to do."""
+    words = shlex.split(line, comments=True)
+    options = [word for word in words if word.startswith("--")]
+    command = list(takewhile(re.compile("[a-z-]+").fullmatch, words))
+    shown = place.run(shlex.join([*command, "--help"]))
+    assert all(re.search(rf"{option}\b", shown) for option in options)
+
+
 def check_ask(line: str, place: Place) -> None:
     """It answers from documents; a server stands in for the language model."""
     words = shlex.split(line, comments=True)
@@ -209,7 +219,9 @@ def check_methods(line: str, place: Place) -> None:
 CHECKS: dict[str, Callable[[str, Place], None]] = {
     r"make( [a-z-]+)*": check_make,
     r"pip install( \S+)+": check_install,
+    r"prunekit context (train|label) .*": check_options,
     r"prunekit context .*": check_context,
+    r"prunekit serve-context.*": check_options,
     r"prunekit rag ask .*": check_ask,
     r"prunekit methods( --json)?": check_methods,
 }
