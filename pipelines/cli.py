@@ -236,14 +236,10 @@ def serve_context(
     for package in ("starlette", "uvicorn", "prometheus_client"):
         require(package, extra="server", purpose="`prunekit serve-context`")
     from rag_prune import ContextPruner
+    from rag_prune.integrations.documents import load_tokenizer
     from rag_prune.server.app import Limits, serve
 
     limits = Limits(max_bytes, max_passages, max_characters, max_seconds, max_requests, max_queue)
-    reader = None
-    if tokenizer:
-        from transformers import AutoTokenizer
-
-        reader = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
     serve(
         ContextPruner.from_pretrained(model, method=method),
         host=host,
@@ -251,7 +247,7 @@ def serve_context(
         model=Path(model).name if model else "prunekit",
         limits=limits,
         api_key=api_key,
-        tokenizer=reader,
+        tokenizer=load_tokenizer(tokenizer) if tokenizer else None,
     )
 
 

@@ -49,10 +49,10 @@ def encode_plain(tokenizer: Any, texts: Sequence[str]) -> Any:
     )
     # A sentencepiece vocabulary holds "</s>" among its pieces, so that text which spells it would
     # still become the separator; there it is read as unknown.
-    special, unknown = set(tokenizer.all_special_ids), tokenizer.unk_token_id
+    tokens, special = tokenizer.all_special_tokens, set(tokenizer.all_special_ids)
     for text, ids in zip(texts, encoded["input_ids"], strict=True):
-        if any(token in text for token in tokenizer.all_special_tokens):
-            ids[:] = [unknown if i in special else i for i in ids]
+        if any(token in text for token in tokens):
+            ids[:] = [tokenizer.unk_token_id if i in special else i for i in ids]
     return encoded
 
 

@@ -35,6 +35,7 @@ from prune_core.recipe import parse_recipe
 from rag_prune.context.pruner import DEFAULT_THRESHOLD, ContextPruner
 from rag_prune.context.result import Budget, PassageLike
 from rag_prune.integrations.chat_documents import Found, find
+from rag_prune.integrations.documents import load_tokenizer
 from rag_prune.server.batching import Batcher
 
 Message = MutableMapping[str, Any]
@@ -162,13 +163,7 @@ class InProcess:
                 settings.pruner, method=settings.method, device=settings.device
             )
         )
-        self.tokenizer: Any = None
-        if settings.tokenizer:
-            from transformers import AutoTokenizer
-
-            self.tokenizer = AutoTokenizer.from_pretrained(
-                settings.tokenizer, trust_remote_code=False
-            )
+        self.tokenizer = load_tokenizer(settings.tokenizer) if settings.tokenizer else None
 
     async def prune(
         self, question: str, passages: list[PassageLike], options: dict[str, Any]

@@ -176,8 +176,8 @@ def tokenizer(folder: Path) -> Any:
     backend = fast.backend_tokenizer
     model = json.loads(backend.to_str())["model"]
     if model["type"] == "Unigram":
-        # Its vocabulary has the special tokens at the best score of all, so that "</s>" in a text
-        # would be one even where the text is taken literally.
+        # Its vocabulary has the special tokens at the best score of all. `encode_plain` would read
+        # "</s>" in a text as unknown; spelled by other pieces it is what the owners' scores see.
         special = set(fast.all_special_tokens) - {fast.unk_token}
         vocabulary = [(piece, _NEVER if piece in special else s) for piece, s in model["vocab"]]
         backend.model = models.Unigram(
