@@ -166,9 +166,8 @@ def load(folder: Path) -> Checkpoint:
 
 
 def is_pruner(folder: Path) -> bool:
-    """Whether the folder says that it is a checkpoint of ours."""
-    file = folder / "config.json"
-    return file.is_file() and '"prunekit"' in file.read_text(encoding="utf-8", errors="replace")
+    """Whether the folder's config.json has our section; CheckpointError where there is none."""
+    return "prunekit" in read_config(folder)
 
 
 def read_section(section: dict[str, Any], where: str) -> tuple[Settings, Tensor]:
