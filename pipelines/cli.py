@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, Annotated, Any
+from typing import IO, Annotated, Any, Literal
 
 import typer
 
@@ -45,6 +45,10 @@ Model = Annotated[
     str | None, typer.Option(help="Pruner: a folder or a hub name; the bundled one by default.")
 ]
 MethodName = Annotated[str | None, typer.Option(help="A name from `prunekit methods`.")]
+Precision = Annotated[
+    Literal["float32", "fast"],
+    typer.Option(help="float32, or fast: bfloat16, through OpenVINO where installed."),
+]
 Threshold = Annotated[
     float | None,
     typer.Option(help="Keep sentences at least this probable, 0 to 1; 0.1 by default."),
@@ -69,6 +73,7 @@ def context(
     ] = None,
     model: Model = None,
     method: MethodName = None,
+    precision: Precision = "float32",
     threshold: Threshold = None,
     keep_ratio: KeepRatio = None,
     top_k: TopK = None,
@@ -84,12 +89,14 @@ def context(
 
     from rag_prune import ContextPruner
 
+    def load() -> ContextPruner:
+        return ContextPruner.from_pretrained(model, method=method, precision=precision)
+
     options: dict[str, Any] = {"threshold": threshold, "keep_ratio": keep_ratio, "top_k": top_k}
     pages = []
     with _reader(source) as lines, _writer(out) as write:
         if question is None:
-            pruner = ContextPruner.from_pretrained(model, method=method)
-            results = pruner.stream(_requests(lines), **options)
+            results = load().stream(_requests(lines), **options)
             # Only on a terminal: a log wants the errors and nothing else.
             for result in tqdm(results, desc="pruning", unit=" requests", disable=None):
                 whole = result.to_dict()
@@ -98,8 +105,7 @@ def context(
                     pages.append(whole)
         else:
             passages = _passages(lines)  # first, so that a bad line is reported without a wait
-            pruner = ContextPruner.from_pretrained(model, method=method)
-            result = pruner.prune(question, passages, **options)
+            result = load().prune(question, passages, **options)
             for passage in result.remaining:
                 given = passage.pruned
                 row = {"text": given} if isinstance(given, str) else dict(given)
@@ -213,6 +219,7 @@ def train(
 def serve_context(
     model: Model = None,
     method: MethodName = None,
+    precision: Precision = "float32",
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")] = 8080,
     api_key: Annotated[
@@ -241,7 +248,7 @@ def serve_context(
 
     limits = Limits(max_bytes, max_passages, max_characters, max_seconds, max_requests, max_queue)
     serve(
-        ContextPruner.from_pretrained(model, method=method),
+        ContextPruner.from_pretrained(model, method=method, precision=precision),
         host=host,
         port=port,
         model=Path(model).name if model else "prunekit",

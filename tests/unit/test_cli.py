@@ -176,6 +176,9 @@ def test_a_model_folder(run: Run, tiny_checkpoint: Path) -> None:
     assert (ran.code, ran.err) == (0, "")
     assert [row["text"] for row in ran.rows] == [CURIE]
 
+    fast = run("context", *QUESTION, *model, "--precision", "fast", stdin=jsonl(CURIE))
+    assert (fast.code, fast.err) == (0, "")
+
 
 def test_pages(run: Run, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
@@ -210,6 +213,7 @@ def test_pages(run: Run, tmp_path: Path) -> None:
         ((*QUESTION, "--model", "no/such/folder"), b'"fine."', "no folder no/such/folder"),
         (("no-such-file.jsonl",), b"", "Cannot read 'no-such-file.jsonl' (No such file"),
         (("..",), b"", "Cannot read '..' (Is a directory)"),
+        ((*QUESTION, "--precision", "int4"), b'"fine."', "'int4' is not one of 'float32', 'fast'"),
         ((*QUESTION, "--threshold", "high"), b'"fine."', "Invalid value for '--threshold'"),
         (("--quetsion", "Q"), b'"fine."', "No such option: --quetsion"),
         (("--question",), b'"fine."', "--question"),
