@@ -40,14 +40,12 @@ def test_a_passage_cannot_change_the_decision_on_another_one(pruner, hostile):
         )
 
 
-def test_instructions_are_scored_as_any_text(pruner):
-    """An order to keep the passage earns no more than the same text about bridges."""
-    question = "Who discovered radium?"
-    obeyed = pruner.prune(question, [f"{HOSTILE[0]} {NEUTRAL}"]).passages[0]
-    assert [s.text for s in obeyed.dropped][-2:] == [
-        "The bridge was painted green in spring. ",
-        "Its steel came from the north.",
-    ]
+@pytest.mark.parametrize("order", [HOSTILE[0], HOSTILE[2]])
+def test_instructions_are_scored_as_any_text(pruner, order):
+    """An order to keep everything answers no question: it goes, and so does what follows it."""
+    result = pruner.prune("Who discovered radium?", [f"{order} {NEUTRAL}", RADIUM])
+    attacker, right = result.passages
+    assert (attacker.text, right.rank) == ("", 0)
 
 
 @pytest.mark.slow
