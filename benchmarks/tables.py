@@ -111,6 +111,23 @@ def quality_full() -> str:
     return "\n".join(out)
 
 
+def languages() -> str:
+    report = results("languages")["languages"]
+    rows = [
+        [
+            language,
+            str(group["tasks"]),
+            *(f"{ours[n]['value']:.3f}" for n in ("recall", "compression", "compression_at_0.95")),
+            f"{bm25['compression_at_0.95']['value']:.3f}",
+            *(f"{m['mrr']['value']:.3f}" for m in (ours, bm25)),
+        ]
+        for language, group in report.items()
+        for ours, bm25 in [(group["methods"]["both"], group["methods"]["bm25"])]
+    ]
+    head = ["", "n", "recall at 0.1", "dropped at 0.1", "dropped at .95", "BM25: dropped at .95"]
+    return table([*head, "MRR", "BM25: MRR"], rows)
+
+
 def answers() -> str:
     report = results("answers")
     rows = [
@@ -232,9 +249,9 @@ def throughput() -> str:
                 for form in ("", ", equal")
                 for peer in ("open_provence", "provence")
             ),
-            ratio(t["over_matrices"][path]),
+            ratio(t["over_matrices"][path]) if path in t["over_matrices"] else "",
         ]
-        for path in ("ours", "ours_fast")
+        for path in ("ours", "ours_fast32", "ours_fast")
     ]
     head = [
         f"{t['passages']['mixed']} passages, {t['threads']} threads",
@@ -265,6 +282,10 @@ def throughput_parts() -> str:
                 f"{100 * fast['equal_decisions']:.2f} % of {fast['sentences']} sentences",
             ],
             ["the same best passage", f"{100 * fast['equal_best_passage']:.1f} %"],
+            [
+                "fast without bfloat16 decides as float32",
+                f"{100 * t['fast32']['equal_decisions']:.2f} %",
+            ],
             [
                 "`late`, passages indexed, × `ours`",
                 f"{late['median']} ({late['min']}–{late['max']})",
@@ -322,6 +343,24 @@ def heads_counts() -> str:
     return table(head, rows)
 
 
+def heads_questions() -> str:
+    r = results("ph3", "heads")["questions"]
+    names = {
+        "none": "all heads",
+        "prefer context": '`prefer="context"`',
+        "prefer memory": '`prefer="memory"`',
+    }
+    figures = ("faithful passage, right", "change", "replaced, context", "replaced, memory")
+    head = [f"{r['n']} questions, %, with 95 % intervals", "faithful passage: right", "change"]
+    return table(
+        [*head, "answer replaced: follows the passage", "gives the true answer"],
+        [
+            [label, *(with_interval(r[name][figure], 100, 0) for figure in figures)]
+            for name, label in names.items()
+        ],
+    )
+
+
 def install() -> str:
     rows = [
         [f"`{r['what']}`", str(r["packages"]), str(r["megabytes"]), str(r["seconds"]), r["torch"]]
@@ -351,6 +390,7 @@ TABLES = {
     "demo": demo,
     "quality": quality,
     "quality-full": quality_full,
+    "languages": languages,
     "answers": answers,
     "cost": cost,
     "labels": labels,
@@ -360,6 +400,7 @@ TABLES = {
     "throughput-parts": throughput_parts,
     "heads": heads,
     "heads-counts": heads_counts,
+    "heads-questions": heads_questions,
     "install": install,
     "methods": methods,
 }

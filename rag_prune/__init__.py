@@ -43,7 +43,7 @@ METHODS = Registry(
             "both",
             "rag_prune.context.both:Both",
             family="context",
-            paper="ours; mean of provence and late",
+            paper="ours; weighted mean of provence and late",
             needs="a trained checkpoint; one is bundled",
             cost="that of provence and of late",
         ),

@@ -1,4 +1,4 @@
-"""Turn public data sets into training rows, held-back rows, and those of them to calibrate on.
+"""Turn public data sets into training rows, held-back rows, and some of them to calibrate on.
 
     python benchmarks/context/prepare.py --data DIR --out runs/context
 
@@ -36,6 +36,15 @@ WEIGHT = {
     "quoref": 1.0,
     "duorc": 0.5,
 }
+# What a threshold must mean the same on: as many evidence sentences of each calibrate it.
+KINDS = (
+    ("qed",),
+    ("squadshifts_wiki",),
+    ("squadshifts_reddit",),
+    ("selqa",),
+    ("clapnq", "hotpotqa", "musique"),
+)
+EVIDENCE = 50
 DEV_SHARE = {"qed": 0.25, "nq": 0.15}  # the rest: 0.04
 
 
@@ -171,6 +180,18 @@ def reading_rows(folder: Path) -> list[dict]:
     return rows
 
 
+def calibration_rows(rows: list[dict]) -> list[dict]:
+    """Rows of each of the KINDS in hashed order, until they have EVIDENCE sentences."""
+    chosen = []
+    for sources in KINDS:
+        found = 0
+        for row in sorted(rows, key=lambda r: unit_hash("calibrate" + r["question"])):
+            if row["source"] in sources and row.get("single", True) and found < EVIDENCE:
+                chosen.append(row)
+                found += len(row["evidence"])
+    return chosen
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
@@ -203,7 +224,7 @@ def main() -> None:
         row["weight"] = WEIGHT[row["source"]]
         parts[part].append(row)
         counts[part, row["source"]] += 1
-    parts["calibration"] = [r for r in parts["dev"] if r["source"] == "qed" and r["single"]]
+    parts["calibration"] = calibration_rows(parts["dev"])
     args.out.mkdir(parents=True, exist_ok=True)
     for part, chosen in parts.items():
         with atomic_write(args.out / f"{part}.jsonl") as file:

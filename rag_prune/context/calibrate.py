@@ -20,7 +20,7 @@ from rag_prune.context.result import Request
 from rag_prune.context.sentences import touched
 
 
-def calibrate(engine: Engine, tasks: Sequence[Task], recall: float = 0.97) -> Calibration:
+def calibrate(engine: Engine, tasks: Sequence[Task], recall: float = 0.95) -> Calibration:
     """Fit on tasks; at DEFAULT_THRESHOLD at least `recall` of their evidence sentences are kept.
 
     Raises InputError when the tasks have no evidence sentence.

@@ -162,7 +162,7 @@ def train(
             with a pruner (as `rag_prune/context/default`) to go on training it.
         out: Folder of the run.
         dev_file: JSONL rows of other titles; the probabilities are calibrated on them, so that a
-            threshold of 0.1 keeps 97 % of their evidence sentences. They are read before the
+            threshold of 0.1 keeps 95 % of their evidence sentences. They are read before the
             training begins, so that a bad row costs no hours.
         method: The engine that the checkpoint uses by default.
         int8: Store matrices as rows of int8.

@@ -12,6 +12,7 @@ import pytest
 from prune_core.errors import InputError
 from rag_prune import METHODS, ContextPruner, PrunedContext
 from rag_prune.context import windows
+from rag_prune.context.both import JOINT
 from rag_prune.context.result import Passage, Request, Scores
 from tiny import PASSAGES, QUESTION
 
@@ -390,3 +391,13 @@ def test_recut_needs_a_budget(fixed):
 def test_top_k_is_a_number_of_passages(bm25, top_k):
     with pytest.raises(InputError, match="top_k must be a whole number of passages >= 1"):
         bm25.prune(QUESTION, PASSAGES, top_k=top_k)
+
+
+def test_both_is_the_weighted_mean_of_the_engines(tiny_pruners):
+    requests = [Request.read(QUESTION, PASSAGES)]
+    joint, late, both = (
+        tiny_pruners[name].scorer.logits(requests)[0] for name in ("provence", "late", "both")
+    )
+    for (jk, jr), (lk, lr), (keep, relevance) in zip(joint, late, both, strict=True):
+        np.testing.assert_allclose(keep, JOINT * jk + (1 - JOINT) * lk, atol=1e-5)
+        assert relevance == pytest.approx(JOINT * jr + (1 - JOINT) * lr, abs=1e-5)
