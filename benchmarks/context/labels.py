@@ -1,6 +1,6 @@
 """How good is a labeller? Its sentences against those that people marked (QED), and what is kept.
 
-    python benchmarks/context/labels.py --rows runs/context/calibration.jsonl --llm NAME \
+    python benchmarks/context/labels.py --rows runs/context/dev.jsonl --llm NAME \
         [--endpoint http://localhost:8000/v1] [--replies FOLDER]
 
 Each question is put to its own passage, and to the next row's, which does not answer it. `first
@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
 
-    rows = list(read_jsonl(args.rows))
+    rows = [r for r in read_jsonl(args.rows) if r["source"] == "qed" and r["single"]]
     # Spread over the file, which is in the order of the data set.
     rows = [rows[i * len(rows) // args.questions] for i in range(args.questions)]
     passages = [Passage.read({"text": r["passage"], "title": r["title"]}, 0) for r in rows]
