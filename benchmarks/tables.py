@@ -43,6 +43,11 @@ def with_interval(figure: dict[str, Any], scale: float = 1, digits: int = 3) -> 
     )
 
 
+def median(figure: dict[str, float]) -> str:
+    """A median over rounds, with the lowest and the highest."""
+    return f"{figure['median']} ({figure['min']}–{figure['max']})"
+
+
 def demo() -> str:
     f = results("demo")["figures"]
     full, pruned = f["full"], f["pruned"]
@@ -158,14 +163,10 @@ def answers() -> str:
 def cost() -> str:
     c = results("cost")
     per_second = c["passages_per_second"]
-    ratio = c["prune_over_rank"]
     return table(
         ["cost, one run", ""],
         [
-            [
-                "prune over rank alone, seconds",
-                f"{ratio['median']} ({ratio['min']}–{ratio['max']})",
-            ],
+            ["prune over rank alone, seconds", median(c["prune_over_rank"])],
             ["computed over real tokens", str(c["computed_over_real_tokens"])],
             ["`provence`, passages a second", str(per_second["prune"])],
             ["rank alone, passages a second", str(per_second["rank"])],
@@ -223,33 +224,28 @@ def vllm_middleware() -> str:
 
 def vllm_pooling() -> str:
     r = results("vllm_pooling")
-    ratio = r["hosted_over_in_process_seconds"]
     return table(
         [f"{r['passages']} passages, hosted against in process", ""],
         [
             ["sentence decisions equal", f"{r['decisions_equal']} of {r['sentences']}"],
             ["largest difference of logits", f"{r['max_logit_difference']:.1e}"],
-            ["seconds, hosted / in process", f"{ratio['median']} ({ratio['min']}–{ratio['max']})"],
+            ["seconds, hosted / in process", median(r["hosted_over_in_process_seconds"])],
         ],
     )
 
 
 def throughput() -> str:
     t = results("throughput")
-
-    def ratio(figure: dict[str, float]) -> str:
-        return f"{figure['median']} ({figure['min']}–{figure['max']})"
-
     rows = [
         [
             f"`{path}`",
             str(t["passages_per_second"][path]),
             *(
-                ratio(t["times_as_fast"][f"{path} / {peer}{form}"])
+                median(t["times_as_fast"][f"{path} / {peer}{form}"])
                 for form in ("", ", equal")
                 for peer in ("open_provence", "provence")
             ),
-            ratio(t["over_matrices"][path]) if path in t["over_matrices"] else "",
+            median(t["over_matrices"][path]) if path in t["over_matrices"] else "",
         ]
         for path in ("ours", "ours_fast32", "ours_fast")
     ]
@@ -268,7 +264,7 @@ def throughput() -> str:
 def throughput_parts() -> str:
     t = results("throughput")
     s, of = t["seconds"], t["tokens_of_a_passage"]["mixed"]
-    late, fast = t["late_over_ours"], t["fast"]
+    fast = t["fast"]
     lengths = ", ".join(f"{k} {of[k]}" for k in ("min", "p25", "median", "p75", "p95", "max"))
     return table(
         ["the same run", ""],
@@ -286,10 +282,7 @@ def throughput_parts() -> str:
                 "fast without bfloat16 decides as float32",
                 f"{100 * t['fast32']['equal_decisions']:.2f} %",
             ],
-            [
-                "`late`, passages indexed, × `ours`",
-                f"{late['median']} ({late['min']}–{late['max']})",
-            ],
+            ["`late`, passages indexed, × `ours`", median(t["late_over_ours"])],
         ],
     )
 

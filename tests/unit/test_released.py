@@ -109,24 +109,14 @@ def provence_reference(where, question, sentences):
                 "xlm-roberta", fields_of(config), tensors, "roberta.", add_pooling_layer=pooled
             )
             states = encoder(row).last_hidden_state[0]
-            if pooled:
-                first = torch.tanh(
-                    linear(
-                        states[0],
-                        tensors["roberta.pooler.dense.weight"],
-                        tensors["roberta.pooler.dense.bias"],
-                    )
-                )
-                head = "classifier"
-            else:
-                first = torch.tanh(
-                    linear(
-                        states[0],
-                        tensors["classifier.dense.weight"],
-                        tensors["classifier.dense.bias"],
-                    )
-                )
-                head = "classifier.out_proj"
+            dense, head = (
+                ("roberta.pooler.dense", "classifier")
+                if pooled
+                else ("classifier.dense", "classifier.out_proj")
+            )
+            first = torch.tanh(
+                linear(states[0], tensors[f"{dense}.weight"], tensors[f"{dense}.bias"])
+            )
         else:
             encoder = encoder_of("deberta-v2", fields_of(config), tensors, "deberta.")
             states = encoder(row).last_hidden_state[0]

@@ -23,7 +23,7 @@ from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from prune_core.errors import CheckpointError
 from rag_prune.context.checkpoints import Settings, weight_files
-from rag_prune.context.engine import Engine, Floats
+from rag_prune.context.engine import Engine, Floats, Frame, Logits
 from rag_prune.context.model import KEEP, RELEVANCE
 from rag_prune.context.result import Request, Scores
 from rag_prune.context.windows import Tokens, encode_plain
@@ -103,7 +103,7 @@ class ReleasedEngine(Engine):
         """`score` in one step."""
         return partial(self.score, requests)
 
-    def logits(self, requests: Sequence[Request]) -> list[list[tuple[Floats, float]]]:
+    def logits(self, requests: Sequence[Request]) -> Logits:
         """The scores as logits: what a calibration starts from."""
         return [
             [(logit(s.sentences), float(logit(s.relevance))) for s in passages]
@@ -111,7 +111,7 @@ class ReleasedEngine(Engine):
         ]
 
     def read(
-        self, tokens: Sequence[Tokens], frames: Sequence[Callable[[list[int]], list[int]]]
+        self, tokens: Sequence[Tokens], frames: Sequence[Frame]
     ) -> tuple[list[Floats], Floats]:
         """For each passage its tokens' keep logits, and its ranking logit: the best window's.
 
