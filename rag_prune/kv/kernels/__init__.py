@@ -1,0 +1,1 @@
+"""Attention over pruned pages, compiled: C++ for the CPU, Triton for the GPU."""

@@ -1,0 +1,51 @@
+"""ThinK: which channels of the keys the newest queries need (arXiv 2407.21018).
+
+Section 3.2: dropping channel i changes the attention logits by the outer product of the queries'
+and the keys' column i, whose Frobenius norm is ‖Q[:, i]‖ · ‖K[:, i]‖. The channels with the
+smallest are dropped. Queries and keys are taken after RoPE; under grouped-query attention the heads
+that share a key are averaged, so that there is one set of channels for each KV head.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def channel_scores(queries: Tensor, keys: Tensor, valid: Tensor | None = None) -> Tensor:
+    """The score of each channel, [..., kv_heads, head_size]; higher ones matter more.
+
+    queries: [..., heads, window, head_size], the newest ones, after RoPE.
+    keys: [..., kv_heads, tokens, head_size], after RoPE.   heads is a multiple of kv_heads.
+    valid: [..., tokens] bool, False for the padding, whose keys say nothing.
+
+    The mean of squares, as in the published code: the square of the norms above over two counts,
+    so the order is the same.
+    """
+    heads, kv_heads, size = queries.shape[-3], keys.shape[-3], queries.shape[-1]
+    grouped = queries.float().square().mean(-2).unflatten(-2, (kv_heads, heads // kv_heads))
+    squares = keys.float().square()
+    if valid is None:
+        norms = squares.mean(-2)
+    else:
+        weight = valid.to(squares.dtype)[..., None, :, None]
+        norms = (squares * weight).sum(-2) / weight.sum(-2).clamp(min=1)
+    assert norms.shape[-1] == size
+    return grouped.mean(-2) * norms
+
+
+def best_channels(scores: Tensor, kept: int) -> Tensor:
+    """The ids of the `kept` highest scores, ascending; ties go to the lower id. [..., kept] int64.
+
+    scores: [..., head_size].
+    """
+    order = scores.argsort(dim=-1, descending=True, stable=True)
+    return order[..., :kept].sort(dim=-1).values
+
+
+def others(ids: Tensor, head_size: int) -> Tensor:
+    """The ids in [0, head_size) that are not among `ids`, ascending. [..., head_size - kept]."""
+    absent = torch.ones(*ids.shape[:-1], head_size, dtype=torch.int8, device=ids.device)
+    absent.scatter_(-1, ids, 0)
+    order = absent.argsort(dim=-1, descending=True, stable=True)
+    return order[..., : head_size - ids.shape[-1]]
