@@ -34,7 +34,7 @@ def pack(x: Tensor, channels: Tensor) -> tuple[Tensor, Tensor]:
     """
     bits = torch.zeros(x.shape, dtype=torch.uint8, device=x.device).scatter_(-1, channels, 1)
     weights = 2 ** torch.arange(8, dtype=torch.uint8, device=x.device)
-    bitmap = (bits.unflatten(-1, (-1, 8)) * weights).sum(-1, dtype=torch.uint8)
+    bitmap = (torch.unflatten(bits, -1, (-1, 8)) * weights).sum(-1, dtype=torch.uint8)
     return bitmap, x.gather(-1, channels)
 
 

@@ -50,7 +50,7 @@ def write(
     keys: Tensor,
     values: Tensor,
 ) -> None:
-    """Store tokens: in the pages what is kept, in the ring the rest of those that may be read whole.
+    """Store tokens: in the pages what is kept, in the ring the rest of those to be read whole.
 
     blocks: [T], the page of each token.   positions: [T], each in its sequence.
     lengths: [T], of each token's sequence once all tokens of this call are in it.
@@ -101,7 +101,7 @@ def _slots(store: Storage, rings: Tensor, positions: Tensor) -> tuple[Tensor, Te
 
 # ------------------------------------------------------------------------------ reading
 def read(store: Storage, blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """The keys and values of whole pages, [H, len(blocks) · block_size, D], dropped entries zero."""
+    """Keys and values of whole pages, [H, len(blocks) · block_size, D]; what was dropped is 0."""
     spec, pages = store.spec, store.pages[blocks.long()]
     if spec.packed_keys:
         keys = mustafar.unpack(*_packed(store, pages, 0, spec.kept_keys))
@@ -174,14 +174,15 @@ def _entries(store: Storage, pages: Tensor, start: int, count: int) -> Tensor:
 def _thin(store: Storage, pages: Tensor) -> Tensor:
     """[blocks, H, kept, block_size]."""
     count = store.spec.kept_keys * store.spec.block_size
-    return _entries(store, pages, 0, count).unflatten(-1, (store.spec.kept_keys, -1))
+    return torch.unflatten(_entries(store, pages, 0, count), -1, (store.spec.kept_keys, -1))
 
 
 def _whole(store: Storage, pages: Tensor) -> Tensor:
     """[blocks, H, block_size, D]."""
     spec = store.spec
     count = spec.block_size * spec.head_size
-    return _entries(store, pages, spec.values_offset, count).unflatten(-1, (spec.block_size, -1))
+    entries = _entries(store, pages, spec.values_offset, count)
+    return torch.unflatten(entries, -1, (spec.block_size, -1))
 
 
 def _packed(store: Storage, pages: Tensor, start: int, kept: int) -> tuple[Tensor, Tensor]:
@@ -189,14 +190,15 @@ def _packed(store: Storage, pages: Tensor, start: int, kept: int) -> tuple[Tenso
     tokens = store.spec.block_size
     middle = start + tokens * store.spec.head_size // 8
     values = _entries(store, pages, middle, tokens * kept)
-    return pages[..., start:middle].unflatten(-1, (tokens, -1)), values.unflatten(-1, (tokens, -1))
+    bitmaps = torch.unflatten(pages[..., start:middle], -1, (tokens, -1))
+    return bitmaps, torch.unflatten(values, -1, (tokens, -1))
 
 
 def _ring(store: Storage) -> tuple[Tensor, Tensor]:
     """Tags int32 [blocks, H, slots] and entries [blocks, H, slots, rest]."""
     assert store.ring is not None
     spec, per_block = store.spec, store.slots_per_block
-    slots = store.ring[..., : per_block * spec.slot_bytes].unflatten(-1, (per_block, -1))
+    slots = torch.unflatten(store.ring[..., : per_block * spec.slot_bytes], -1, (per_block, -1))
     rest = 2 * spec.head_size - spec.kept_keys - spec.kept_values
     end = 4 + rest * store.dtype.itemsize
     return slots[..., :4].view(torch.int32)[..., 0], slots[..., 4:end].view(store.dtype)
@@ -239,7 +241,7 @@ def _decode_one(
     valid: Tensor | None,
 ) -> Tensor:
     spec, cut = store.spec, store.spec.cut(length - 1)
-    q = query.float().unflatten(0, (store.pages.shape[1], -1)) * scale  # [H, group, D]
+    q = torch.unflatten(query.float(), 0, (store.pages.shape[1], -1)) * scale  # [H, group, D]
     total = q.new_full((*q.shape[:2], 1), -math.inf)  # log of the sum of exponentials so far
     out = torch.zeros_like(q)
     for first in range(0, -(-length // spec.block_size), _AT_ONCE):

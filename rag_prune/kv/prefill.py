@@ -1,4 +1,4 @@
-"""Attention of many new tokens at once over a pruned past: tokens of the window whole, older ones not.
+"""Attention of many new tokens at once: those of each query's window whole, older ones pruned.
 
 Which tokens a query reads whole depends on its position alone, so a prompt gives the same result in
 one call, in chunks, and computed again after preemption.
@@ -40,7 +40,7 @@ def prefill(
     if not whole_from.any():
         return _dense(queries, near_keys, near_values, positions[first:], scale, valid)
     near_start, starts = total - near_keys.shape[2], whole_from.tolist()
-    grouped = queries.unflatten(1, (near_keys.shape[1], -1))  # [B, H, group, T, D]
+    grouped = torch.unflatten(queries, 1, (near_keys.shape[1], -1))  # [B, H, group, T, D]
     out = torch.empty_like(grouped)
     for low in range(0, count, _ROWS):
         high = min(low + _ROWS, count)
@@ -57,14 +57,16 @@ def prefill(
         logits = torch.cat(
             [rows @ keys[:, :, far].transpose(2, 3), rows @ near_keys[:, :, at].transpose(2, 3)], -1
         ).float()
-        logits = logits.unflatten(2, (-1, high - low)).mul_(scale).masked_fill_(hidden, -math.inf)
+        logits = (
+            torch.unflatten(logits, 2, (-1, high - low)).mul_(scale).masked_fill_(hidden, -math.inf)
+        )
         weights = logits.softmax(-1)
         if valid is not None:
             weights = weights.nan_to_num(0.0)
         weights = weights.to(values.dtype).flatten(2, 3)
         mixed = weights[..., : far.stop] @ values[:, :, far]
         mixed += weights[..., far.stop :] @ near_values[:, :, at]
-        out[:, :, :, low:high] = mixed.unflatten(2, (-1, high - low))
+        out[:, :, :, low:high] = torch.unflatten(mixed, 2, (-1, high - low))
     return out.flatten(1, 2)
 
 

@@ -34,6 +34,7 @@ class PageSpec:
     kept_keys, kept_values: entries that pages hold of each.
     packed_keys: each token has entries of its own (Mustafar), else channels of a page (ThinK).
     recent, sinks: tokens read whole, see KVPruneConfig.
+    slack: newest tokens that may be taken back: slots beside those that the window needs.
 
     Raises InputError for a block or head size that pages cannot have.
     """
@@ -46,6 +47,7 @@ class PageSpec:
     packed_keys: bool
     recent: int
     sinks: int
+    slack: int = 0
 
     def __post_init__(self) -> None:
         if self.block_size < STEP or self.block_size % STEP:
@@ -61,7 +63,13 @@ class PageSpec:
 
     @classmethod
     def of(
-        cls, config: KVPruneConfig, *, head_size: int, block_size: int, itemsize: int
+        cls,
+        config: KVPruneConfig,
+        *,
+        head_size: int,
+        block_size: int,
+        itemsize: int,
+        slack: int = 0,
     ) -> PageSpec:
         """The pages that `config` asks for."""
         keys, values = config.kept(head_size)
@@ -74,6 +82,7 @@ class PageSpec:
             packed_keys=config.method == "mustafar" and keys < head_size,
             recent=config.recent,
             sinks=config.sinks,
+            slack=slack,
         )
 
     @property
@@ -120,7 +129,7 @@ class PageSpec:
 
     @property
     def window_slots(self) -> int:
-        return self.recent + STEP
+        return self.recent + STEP + self.slack
 
     @property
     def ring_slots(self) -> int:

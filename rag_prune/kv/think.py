@@ -22,15 +22,14 @@ def channel_scores(queries: Tensor, keys: Tensor, valid: Tensor | None = None) -
     The mean of squares, as in the published code: the square of the norms above over two counts,
     so the order is the same.
     """
-    heads, kv_heads, size = queries.shape[-3], keys.shape[-3], queries.shape[-1]
-    grouped = queries.float().square().mean(-2).unflatten(-2, (kv_heads, heads // kv_heads))
+    heads, kv_heads = queries.shape[-3], keys.shape[-3]
+    grouped = torch.unflatten(queries.float().square().mean(-2), -2, (kv_heads, heads // kv_heads))
     squares = keys.float().square()
     if valid is None:
         norms = squares.mean(-2)
     else:
         weight = valid.to(squares.dtype)[..., None, :, None]
         norms = (squares * weight).sum(-2) / weight.sum(-2).clamp(min=1)
-    assert norms.shape[-1] == size
     return grouped.mean(-2) * norms
 
 
