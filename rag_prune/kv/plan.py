@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -296,7 +297,7 @@ class KVPlan:
                 f"shorter context, more memory or a larger ratio."
             )
         if factor is None:
-            return f"It pays: no sequence {of_context} fits whole, but pruned {pruned:,} fit."
+            return f"It pays: whole, not one sequence {of_context} fits; pruned, {pruned:,}."
         reads = (
             f"with as many sequences {of_context} as fit whole, {whole:,}, the cache is "
             f"{self.kv_share:.0%} of the bytes that a step reads"
@@ -445,7 +446,7 @@ def report(plans: Sequence[KVPlan]) -> str:
         verdicts.setdefault(each.verdict, []).append(each.label)
     for verdict, labels in verdicts.items():
         of = f"{', '.join(labels)}: " if len(verdicts) > 1 else ""
-        lines += ["", of + verdict]
+        lines += ["", *textwrap.wrap(of + verdict, 100)]
     return "\n".join(lines)
 
 

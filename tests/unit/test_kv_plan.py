@@ -143,7 +143,7 @@ def test_dropping_nothing_changes_nothing(folder: Folder) -> None:
         ("24GiB", 8192, "Weights-bound"),
         ("80GB", 100, "It does not pay"),  # 84 of the 100 tokens are in the ring as well
         ("18GiB", 10_000, "It does not pay"),  # one sequence fits either way, beside the weights
-        ("18GiB", 12_000, "It pays: no sequence of 12,000 tokens fits whole, but pruned 1 fit"),
+        ("18GiB", 12_000, "It pays: whole, not one sequence of 12,000 tokens fits; pruned, 1."),
         ("18GiB", 100_000, "It does not help: not one sequence of 100,000 tokens fits"),
     ],
 )
@@ -166,16 +166,22 @@ def test_the_report_shows_every_plan_and_groups_verdicts(folder: Folder) -> None
         plan(folder(), config, memory="18GiB", context=10_000)
         for config in (THINK, replace(THINK, value_ratio=0.5), MUSTAFAR)
     ]
-    text = report(plans)
+    text, none = report(plans), replace(plans[0].dense, sequences=0)
     assert [each.label for each in plans] == [
         "ThinK 0.5",
         "ThinK 0.5 + values 0.5",
         "Mustafar 0.7/0.7",
     ]
-    table, verdicts = text.splitlines()[2:7], text.splitlines()[7:]
+    table = text.splitlines()[2:7]
     assert table[1].split() == ["dense", "131,072", "0", "10,176", "1"]
     assert table[4].split()[-3:] == ["×2.68", "×1.05", "×2.04"]
-    assert verdicts[-1].startswith("Mustafar 0.7/0.7: Weights-bound")
+    assert [verdict[:33] for verdict in text.split("\n\n")[2:]] == [
+        "ThinK 0.5: It does not pay: with ",
+        "ThinK 0.5 + values 0.5: It does n",
+        "Mustafar 0.7/0.7: Weights-bound: ",
+    ]
+    nowhere = [replace(each, context=10**6, dense=none, pruned=none) for each in plans]
+    assert report(nowhere).split("\n\n")[2].startswith("It does not help: not one")
     short = report([plan(folder(), THINK, memory="18GiB", context=12_000)])
     assert short.splitlines()[4].split()[-3:] == ["×1.32", "–", "–"]
     assert short.splitlines()[-1].startswith("It pays")
