@@ -80,7 +80,7 @@ def write(
     if store.ring is not None and rings is not None:
         stays = (positions < spec.sinks) | (positions >= lengths - spec.window_slots)
         rest = [
-            x.gather(-1, others(kept, spec.head_size))[stays]
+            x[stays].gather(-1, others(kept[stays], spec.head_size))
             for x, kept in ((keys, kept_keys), (values, kept_values))
             if kept is not None
         ]
