@@ -9,7 +9,8 @@ opened in registers, where the entries before each channel are counted from the 
 which one to load. The number of shares follows from shapes, and lengths are read by the kernel
 alone, so that a CUDA graph can hold a call.
 
-Checked against `pages` in Triton's interpreter, which runs on a CPU; not yet run on a GPU.
+Checked against `pages` in Triton's interpreter, which runs on a CPU, and compiled for a GPU by the
+tests; not yet run on one.
 
 Source of the split: Flash-Decoding (Dao et al., 2023) over arXiv:2205.14135's online softmax.
 """
@@ -23,10 +24,12 @@ from prune_core.errors import require
 from rag_prune.kv.pages import Storage
 from rag_prune.kv.spec import STEP
 
-triton = require("triton", extra="serve", purpose="Attention over pruned pages on a GPU")
-tl = require("triton.language", extra="serve", purpose="Attention over pruned pages on a GPU")
+require("triton", extra="serve", purpose="Attention over pruned pages on a GPU")
+import triton  # noqa: E402
+import triton.language as tl  # noqa: E402
 
-_TILE = 32  # tokens at a time, at most
+# The interpreter multiplies bfloat16 as if it were whole numbers, so there all is float32.
+_INTERPRETED = triton.knobs.runtime.interpret
 _LEAST = 16  # rows and columns of a matrix that tl.dot takes
 _MOST_SHARES = 64  # of one sequence, which _merge holds at once
 
@@ -48,17 +51,16 @@ def decode(
     spec = store.spec
     rows, heads = queries.shape[:2]
     kv_heads = store.pages.shape[1]
-    # The largest power of two that a page is a multiple of: a tile lies in one page.
-    tile = min(spec.block_size & -spec.block_size, _TILE)
+    # Tokens at a time, a power of two that divides a page. Packed ones take many registers each.
+    packed = spec.packed_keys or spec.packed_values
+    tile = STEP if packed else min(2 * STEP, spec.block_size & -spec.block_size)
     tiles = table.shape[1] * spec.block_size // tile
     shares = _shares(rows * kv_heads, tiles, queries.device)
 
-    # The interpreter multiplies bfloat16 as if it were whole numbers, so it gets float32.
     common = torch.promote_types(queries.dtype, store.dtype)
-    asked = queries.to(common if queries.is_cuda else torch.float32)
+    asked = queries.to(torch.float32 if _INTERPRETED else common)
     entries = store.pages[..., : spec.page_bytes].view(store.dtype)
-    tags = rests = None
-    slots = 0
+    tags, rests, slots = None, entries, 0  # without a ring, no rest is read
     if rings is not None and store.ring is not None:
         slots = store.slots_per_block
         ring = store.ring[..., : slots * spec.slot_bytes]
@@ -77,14 +79,14 @@ def decode(
         lengths,
         tags,
         rests,
-        rings if tags is not None else None,
+        rings,
         valid,
         scale,
         *asked.stride(),
         *store.pages.stride()[:2],
         *entries.stride()[:2],
         *(tags.stride()[:2] if tags is not None else (0, 0)),
-        *(rests.stride()[:2] if rests is not None else (0, 0)),
+        *rests.stride()[:2],
         table.stride(0),
         rings.stride(0) if rings is not None else 0,
         valid.stride(0) if valid is not None else 0,
@@ -105,13 +107,12 @@ def decode(
         STEP=STEP,
         SINKS=spec.sinks,
         WINDOW=spec.window_slots,
+        RING=tags is not None,
         SLOTS=slots,
         SLOT=spec.slot_bytes,
     )
     out = torch.empty_like(queries, memory_format=torch.contiguous_format)
-    _merge[(rows * heads,)](
-        out, parts, sums, SHARES=shares, HEAD=spec.head_size, CHANNELS=channels
-    )
+    _merge[(rows * heads,)](out, parts, sums, SHARES=shares, HEAD=spec.head_size, CHANNELS=channels)
     return out
 
 
@@ -137,8 +138,8 @@ def _attend(
     entries,  # the same memory as entries
     table,
     lengths,
-    tags,  # the ring's memory as int32; None if there is no ring
-    rests,  # the ring's memory as entries
+    tags,  # the ring's memory as int32
+    rests,  # the same memory as entries
     rings,
     valid,  # None if there is no padding
     scale,
@@ -173,9 +174,11 @@ def _attend(
     STEP: tl.constexpr,
     SINKS: tl.constexpr,
     WINDOW: tl.constexpr,
+    RING: tl.constexpr,
     SLOTS: tl.constexpr,
     SLOT: tl.constexpr,
 ):
+    """One share of one sequence, for the queries of one KV head."""
     share, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     shares = tl.num_programs(0)
     length = tl.load(lengths + row).to(tl.int32)
@@ -211,7 +214,7 @@ def _attend(
 
         # Where the ring has the rest of each token, if it has.
         rest, there, near = rests, seen, False
-        if tags is not None:
+        if RING:
             near = (start + TILE > cut) | (start < SINKS)
             whole = seen & ((position >= cut) | (position < SINKS))
             slot = tl.where(position < SINKS, position, SINKS + (position - SINKS) % WINDOW)
@@ -221,9 +224,10 @@ def _attend(
             there = whole & (tl.load(tag, mask=whole, other=0) == position + 1)
             rest = rests + ring * rest_block + head * rest_head + slot * (SLOT // ITEM) + 4 // ITEM
 
+        # The logits of the tile.
         if PACKED_KEYS:
             keys = _unpack(
-                page, entry, rest, token, seen, there, near, KEYS, HEAD, CHANNELS, BLOCK, ITEM
+                page, entry, rest, token, seen, there, near, KEYS, HEAD, CHANNELS, BLOCK, ITEM, RING
             ).to(q.dtype)
             logits = tl.dot(q, tl.trans(keys), input_precision="ieee")
         else:
@@ -244,12 +248,13 @@ def _attend(
                     other=0.0,
                 )
                 logits = tl.dot(picked, keys, input_precision="ieee")
-                if near:
+                if RING and near:
                     same = (ids[:, None] == channel[None, :]) & (kept < KEYS)[:, None]
                     held = tl.max(same.to(tl.int32), 0)[None, :]
                     lost = _lost(rest, there, held, HEAD, CHANNELS).to(q.dtype)
                     logits += tl.dot(q, tl.trans(lost), input_precision="ieee")
 
+        # The running softmax.
         logits = tl.where(seen[None, :], logits * scale, float("-inf"))
         highest = tl.maximum(top, tl.max(logits, 1))
         base = tl.where(highest == float("-inf"), 0.0, highest)  # only padding so far
@@ -258,6 +263,7 @@ def _attend(
         total = total * shrink + tl.sum(weights, 1)
         top = highest
 
+        # The mix of values.
         if VALUES < HEAD:
             values = _unpack(
                 page + VALUES_AT,
@@ -272,6 +278,7 @@ def _attend(
                 CHANNELS,
                 BLOCK,
                 ITEM,
+                RING,
             )
         else:
             values = tl.load(
@@ -306,6 +313,7 @@ def _unpack(
     CHANNELS: tl.constexpr,
     BLOCK: tl.constexpr,
     ITEM: tl.constexpr,
+    RING: tl.constexpr,
 ):
     """Packed tokens of a page, with their rest where `there`. [tokens, channels].
 
@@ -318,14 +326,14 @@ def _unpack(
     place = tl.cumsum(held, 1) - held
     entry = entries + BLOCK * HEAD // 8 // ITEM + token[:, None] * KEPT + place
     found = tl.load(entry, mask=held != 0, other=0.0)
-    if near:
+    if RING and near:
         found = tl.where(held != 0, found, _lost(rest, there, held, HEAD, CHANNELS))
     return found
 
 
 @triton.jit
 def _lost(rest, there, held, HEAD: tl.constexpr, CHANNELS: tl.constexpr):
-    """What the ring has of tokens, 0 where it is not `there` or the page has it. [tokens, channels].
+    """What the ring has of tokens, 0 where not `there` or the page has it. [tokens, channels].
 
     rest: [tokens], where the rest of each begins.   held: 1 for the channels the page has, which
     the rest skips, [tokens or 1, channels].
@@ -345,6 +353,7 @@ def _merge(
     HEAD: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
+    """The output of one query from those of its shares."""
     query = tl.program_id(0)
     part = query * SHARES + tl.arange(0, SHARES)
     channel = tl.arange(0, CHANNELS)
