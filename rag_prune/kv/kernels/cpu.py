@@ -41,22 +41,15 @@ _BUILDS = {
 class _Layout(ctypes.Structure):
     """`Layout` of cpu.cpp."""
 
-    _fields_ = [  # noqa: RUF012
-        *(
-            (name, ctypes.c_int64)
-            for name in (
-                "head_size block_size kept_keys kept_values packed_keys values_offset ids_offset "
-                "recent sinks step kv_heads"
-            ).split()
-        ),
-        ("pages", ctypes.c_void_p),
-        ("page_stride", ctypes.c_int64),
-        ("page_head_stride", ctypes.c_int64),
-        ("ring", ctypes.c_void_p),
-        *(
-            (name, ctypes.c_int64)
-            for name in "ring_stride ring_head_stride slots_per_block slot_bytes threads".split()
-        ),
+    _fields_ = [
+        (name, ctypes.c_void_p if name in ("pages", "ring") else ctypes.c_int64)
+        for name in [
+            *("head_size", "block_size", "kept_keys", "kept_values", "packed_keys"),
+            *("values_offset", "ids_offset", "recent", "sinks", "step", "kv_heads"),
+            *("pages", "page_stride", "page_head_stride"),
+            *("ring", "ring_stride", "ring_head_stride", "slots_per_block", "slot_bytes"),
+            "threads",
+        ]
     ]
 
 
