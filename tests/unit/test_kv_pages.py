@@ -65,9 +65,11 @@ class Sequence:
         lengths = torch.tensor([length])
         return pages.decode(self.store, queries, self.table[None], lengths, rings, 0.2, valid)
 
-    def attention(self, queries, length, valid=None):
-        """[1, heads, D], a token at a time."""
-        out, start = [], max(0, length - self.spec.recent) // 16 * 16
+    def attention(self, queries, length, valid=None, start=None):
+        """[1, heads, D], a token at a time; whole ones are the sinks and those from `start` on."""
+        if start is None:
+            start = max(0, length - self.spec.recent) // 16 * 16
+        out = []
         group = queries.shape[1] // HEADS
         for at, query in enumerate(queries[0].double()):
             weights, read = [], []
@@ -173,6 +175,17 @@ def test_padding_is_not_read(monkeypatch, name, padding):
     queries = torch.randn(1, HEADS, SIZE, generator=torch.Generator().manual_seed(1))
     valid = (torch.arange(50) >= padding)[None]
     got, want = made.decode(queries, 50, valid), made.attention(queries, 50, valid)
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["thin", "packed", "thin keys, packed values"])
+def test_tokens_whose_slots_were_taken_stay_pruned(name):
+    """Twenty tokens are taken back, with no slack: of the window, 16 to 33 lost their rest."""
+    made = Sequence(CONFIGS[name], 70)
+    made.write(0, 50)
+    made.write(50, 70)
+    queries = 4 * torch.randn(1, HEADS, SIZE, generator=torch.Generator().manual_seed(1))
+    got, want = made.decode(queries, 50), made.attention(queries, 50, start=34)
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
 
 
