@@ -23,7 +23,7 @@ extern "C" {
 struct Layout {  // fields in the order of cpu.py's _Layout
   int64_t head_size, block_size, kept_keys, kept_values, packed_keys;
   int64_t values_offset, ids_offset;
-  int64_t recent, sinks, step;
+  int64_t recent, sinks, step, window_slots;
   int64_t kv_heads;
   uint8_t* pages;
   int64_t page_stride, page_head_stride;
@@ -439,7 +439,7 @@ class Attention {
   // -------------------------------------------------------------------- the ring
   // The rest of a token's key and value; null if its slot holds another token's, or nothing.
   const Entry* rest(int token) const {
-    const int window = (int)(at.recent + at.step), sinks = (int)at.sinks;
+    const int window = (int)at.window_slots, sinks = (int)at.sinks;
     const int slot = token < sinks ? token : sinks + (token - sinks) % window;
     const uint8_t* block = at.ring + seq.ring[slot / at.slots_per_block] * at.ring_stride;
     const uint8_t* entry = block + head * at.ring_head_stride + slot % at.slots_per_block * at.slot_bytes;
@@ -598,7 +598,7 @@ void write_one(const Layout& at, const Token& token, int head, const Entry* key,
     std::memcpy(part + offset * size * sizeof(Entry), value, size * sizeof(Entry));
     std::memset(values, 255, size / 8);
   }
-  const int window = (int)(at.recent + at.step), sinks = (int)at.sinks;
+  const int window = (int)at.window_slots, sinks = (int)at.sinks;
   if (!token.ring || (token.position >= sinks && token.position < token.length - window)) return;
   const int slot =
       token.position < sinks ? token.position : sinks + (token.position - sinks) % window;
