@@ -7,7 +7,7 @@ Each text's first tokens are the prompt; those after it come one by one through 
 in generation, and the next-token distributions are compared with those of the whole cache. Peers
 that keep no smaller cache are computed by a mask: ThinK as published (the last 32 tokens of the
 prompt and all that follow stay whole), kvpress (the whole prompt is pruned, what follows stays
-whole), and key norms alone with our window. Retrieval asks for the value of one of 40 keys, after
+whole), and key norms alone with our window. Retrieval asks for the value of one of 20 keys, after
 two that are given; keys and values are cut to 8 characters, which the whole model can do. All
 figures are of one run.
 """
@@ -39,7 +39,7 @@ from rag_prune.kv.think import best_channels, channel_scores
 
 HERE = Path(__file__).parent / "results"
 PROMPT, FOLLOWING, BATCH = 640, 96, 8
-PAIRS, CHARACTERS, GIVEN = 40, 8, 2
+PAIRS, CHARACTERS, GIVEN = 20, 8, 2
 
 PEER: dict[str, Any] = {}  # the rule of the peer that is being computed
 
@@ -177,7 +177,7 @@ def main() -> None:
     for name in ("text", "calibration", "retrieval"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--documents", type=int, default=16)
-    parser.add_argument("--questions", type=int, default=48)
+    parser.add_argument("--questions", type=int, default=32)
     arguments = parser.parse_args()
     subject = Subject(arguments)
     model = subject.model
