@@ -16,18 +16,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from prune_core.errors import InputError
-from rag_prune.kv import channels, kernels, pages
+from rag_prune.kv import kernels, pages
+from rag_prune.kv.chunk import Chunk, attend, choose
 from rag_prune.kv.config import KVPruneConfig
 from rag_prune.kv.masks import load_masks, model_fingerprint
-from rag_prune.kv.prefill import prefill
 from rag_prune.kv.snapkv import SnapKV
-from rag_prune.kv.spec import STEP, PageSpec
+from rag_prune.kv.spec import PageSpec
 from rag_prune.kv.think import best_channels
 
 IMPLEMENTATION = "prunekit_kv"
@@ -162,9 +163,9 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             out = torch.zeros_like(queries)
             for row in range(self.batch):
                 at = slice(None) if real is None else real[row].nonzero()[:, 0]
-                q, k, v = (x[row : row + 1, :, at] for x in (queries, keys, values))
-                if k.shape[2]:
-                    out[row, :, at] = self._prefill(row, q, k, v, scale)[0]
+                q, k, v = (x[row][:, at] for x in (queries, keys, values))
+                if k.shape[1]:
+                    out[row, :, at] = self._prefill(row, q, k, v, scale)
         self.seen += new
         return out
 
@@ -189,71 +190,35 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def _prefill(
         self, row: int, queries: Tensor, keys: Tensor, values: Tensor, scale: float
     ) -> Tensor:
-        """Tokens of one row; the first dimension is 1."""
-        spec, past, new = self.store.spec, self.lengths[row], keys.shape[2]
-        total = past + new
-        evicts = self.eviction is not None and past == 0
-        positions = torch.arange(past, total, device=self.device)
-        starts = (positions + 1 - spec.recent).clamp(min=0) // STEP * STEP
-        if not spec.prunes:
-            starts = starts.clamp(max=0)
-        elif evicts or (self.config.method == "think" and self.config.policy == "prompt"):
-            starts = starts.clamp(max=past)  # a call's own tokens are whole, as in the paper
-        far, sinks = int(starts[-1]), min(spec.sinks, total)
-        # Writing takes slots of tokens that the first queries still read whole.
-        near_keys, near_values = self._whole(row, min(int(starts[0]), past), past)
-        sink_keys, sink_values = self._whole(row, 0, min(sinks, past))
-        kept_keys, kept_values = keys, values
-        if evicts:
-            kept_keys, kept_values = self._evict(row, queries, keys, values, scale)
-        if spec.thin_keys:
-            self._choose(row, queries, kept_keys)
-        stored = torch.arange(past, past + kept_keys.shape[2], device=self.device)
-        self._append([row], stored, kept_keys, kept_values)
-        far_keys, far_values = keys[:, :, :0], values[:, :, :0]
-        if far:
-            far_keys, far_values = self._read(row, 0, -(-far // BLOCK))
-            own = max(0, sinks - past)  # sinks that came in this call
-            far_keys[:, :, :sinks] = torch.cat([sink_keys, keys[:, :, :own]], 2)
-            far_values[:, :, :sinks] = torch.cat([sink_values, values[:, :, :own]], 2)
-        near_keys, near_values = (
-            torch.cat([near_keys, keys], 2),
-            torch.cat([near_values, values], 2),
-        )
-        return prefill(queries, far_keys, far_values, near_keys, near_values, starts, scale, total)
+        """Tokens of one row: queries [heads, T, D], keys and values [H, T, D]."""
+        past, total = self.lengths[row], self.lengths[row] + keys.shape[1]
+        if self.eviction is not None and not past:
+            out = _whole_prompt(queries, keys, values, scale)
+            keys, values = self._evict(row, queries, keys, values, scale)
+            chunk = Chunk.of(self.store.spec, self.config, self.table[row], 0, keys.shape[1])
+            self._store(row, chunk, queries, keys, values)
+            return out
+        chunk = Chunk.of(self.store.spec, self.config, self.table[row], past, total)
+        ring = None if self.store.ring is None else self.store.ring[row : row + 1].clone()
+        self._store(row, chunk, queries, keys, values)
+        return attend(self.store, chunk, ring, queries, keys, values, scale)
+
+    def _store(self, row: int, chunk: Chunk, queries: Tensor, keys: Tensor, values: Tensor) -> None:
+        if self.store.spec.thin_keys:
+            choose(self.store, self.config, chunk, queries, keys, self.static)
+        positions = torch.arange(chunk.past, chunk.total, device=self.device)
+        self._append([row], positions, keys[None], values[None])
 
     def _evict(
         self, row: int, queries: Tensor, keys: Tensor, values: Tensor, scale: float
     ) -> tuple[Tensor, Tensor]:
         assert self.eviction is not None
-        stay = self.eviction.select(queries, keys, scale)
+        stay = self.eviction.select(queries[None], keys[None], scale)
         if stay is None:
             return keys, values
         self.prompt[row] = stay.shape[2]
-        at = stay[..., None].expand(-1, -1, -1, self.head_size)
-        return keys.gather(2, at), values.gather(2, at)
-
-    def _choose(self, row: int, queries: Tensor, keys: Tensor) -> None:
-        """Name the channels of the row's pages that begin with these tokens."""
-        kept, window = self.store.spec.kept_keys, self.config.obs_window
-        past, new = self.lengths[row], keys.shape[2]
-        first, last = -(-past // BLOCK), -(-(past + new) // BLOCK)
-        if first == last:
-            return
-        before = None
-        if past:
-            before = pages.ids(self.store, self.table[row, first - 1 : first])[0]
-        if self.config.policy == "static":
-            assert self.static is not None
-            chosen = self.static
-        elif self.config.policy == "causal":
-            ends = [min((page + 1) * BLOCK, past + new) - past for page in range(first, last)]
-            chosen = channels.causal(queries[0], keys[0], kept, window, ends, before)
-        elif before is None or new >= window:
-            chosen = channels.by_prompt(queries[0], keys[0], kept, window)
-        else:
-            chosen = before
-        pages.set_ids(self.store, self.table[row, first:last], chosen)
+        at = stay[0, ..., None].expand(-1, -1, self.head_size)
+        return keys.gather(1, at), values.gather(1, at)
 
     def _append(self, rows: list[int], positions: Tensor, keys: Tensor, values: Tensor) -> None:
         """Write the tokens [rows, H, T, D] at `positions`, [rows · T], of their rows."""
@@ -271,25 +236,6 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             keys.transpose(1, 2).flatten(0, 1),
             values.transpose(1, 2).flatten(0, 1),
         )
-
-    def _whole(self, row: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """The row's stored tokens from start to stop whole, [1, H, stop − start, D]."""
-        first = start // BLOCK
-        at = torch.arange(start, stop, device=self.device)
-        keys, values = (
-            x[:, :, start - first * BLOCK : stop - first * BLOCK]
-            for x in self._read(row, first, -(-stop // BLOCK))
-        )
-        if self.rings is None or start >= stop:
-            return keys, values
-        blocks, ring = self.table[row][at // BLOCK], self.rings[row]
-        keys, values = pages.restore(self.store, blocks, ring, at, keys[0], values[0])
-        return keys[None], values[None]
-
-    def _read(self, row: int, first: int, last: int) -> tuple[Tensor, Tensor]:
-        """The row's pages first to last as they are read from afar, [1, H, tokens, D]."""
-        keys, values = pages.read(self.store, self.table[row, first:last])
-        return keys[None], values[None]
 
     # -------------------------------------------------------------------- pages of the batch
     @property
@@ -334,6 +280,15 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     def _zeros(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.uint8, device=self.device)
+
+
+def _whole_prompt(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+    """Causal attention of a prompt over itself."""
+    groups = queries.shape[0] != keys.shape[0]
+    out = scaled_dot_product_attention(
+        queries[None], keys[None], values[None], is_causal=True, scale=scale, enable_gqa=groups
+    )
+    return out[0]
 
 
 class PrunedCache(Cache):
