@@ -23,7 +23,7 @@ extern "C" {
 struct Layout {  // fields in the order of cpu.py's _Layout
   int64_t head_size, block_size, kept_keys, kept_values, packed_keys;
   int64_t values_offset, ids_offset;
-  int64_t recent, sinks, step;
+  int64_t recent, sinks, step, window_slots;
   int64_t kv_heads;
   uint8_t* pages;
   int64_t page_stride, page_head_stride;
@@ -74,14 +74,14 @@ inline __m256 halved(Vec x) {  // a sum of 16 as a sum of 8
 inline Vec scaled(Vec x, Vec n, Vec least) {
   return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(n, least, _CMP_GT_OQ), x, n);
 }
-inline unsigned bits_at(const uint8_t* bitmap, int vec) {
+inline unsigned bits_at(const uint8_t* bitmap) {
   uint16_t bits;
-  std::memcpy(&bits, bitmap + 2 * vec, 2);
+  std::memcpy(&bits, bitmap, 2);
   return bits;
 }
-// The entries from p on go to the lanes whose bits are set, in order; the others are 0.
-inline Vec expand(const Entry* p, unsigned bits) {
-  return _mm512_maskz_expand_ps((__mmask16)bits, load(p));
+// The first entries go to the lanes whose bits are set, in order; the other lanes are 0.
+inline Vec expand(Vec x, unsigned bits) {
+  return _mm512_maskz_expand_ps((__mmask16)bits, x);
 }
 #else
 using Vec = __m256;
@@ -112,7 +112,6 @@ inline Vec scaled(Vec x, Vec n, Vec least) {
   __m256 product = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(x), exponent));
   return _mm256_and_ps(product, _mm256_cmp_ps(n, least, _CMP_GT_OQ));
 }
-inline unsigned bits_at(const uint8_t* bitmap, int vec) { return bitmap[vec]; }
 
 // Where each lane's entry lies for each byte of a bitmap; negative for the lanes that are 0.
 constexpr std::array<std::array<int8_t, 8>, 256> make_lanes() {
@@ -124,9 +123,10 @@ constexpr std::array<std::array<int8_t, 8>, 256> make_lanes() {
 }
 alignas(64) constexpr auto LANES = make_lanes();
 
-inline Vec expand(const Entry* p, unsigned bits) {
+inline unsigned bits_at(const uint8_t* bitmap) { return *bitmap; }
+inline Vec expand(Vec x, unsigned bits) {
   __m256i lanes = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)LANES[bits].data()));
-  Vec moved = _mm256_permutevar8x32_ps(load(p), lanes);
+  Vec moved = _mm256_permutevar8x32_ps(x, lanes);
   return _mm256_blendv_ps(moved, _mm256_setzero_ps(), _mm256_castsi256_ps(lanes));
 }
 #endif
@@ -159,10 +159,18 @@ inline Vec power(Vec x) {
 struct Packed {
   const uint8_t* bitmap;
   const Entry* entries;
+
+  // The W channels from one on; the token is left after them.
+  Vec next(int channel) {
+    const unsigned bits = bits_at(bitmap + channel / 8);
+    const Vec x = expand(load(entries), bits);
+    entries += _mm_popcnt_u32(bits);
+    return x;
+  }
 };
 
-// Reads of W entries at a time run past a token's last one: harmless inside of a page, but what ends
-// a page or a slot may also end the memory, so that it is copied to where there is room.
+// Reads run past a token's last entry: harmless inside of a page, but what ends a page or a slot may
+// also end the memory, so that it is copied to where there is room.
 struct Spare {
   Entry entries[HEAD + W];
   const Entry* copy(const Entry* from, int count) {
@@ -204,7 +212,8 @@ class Attention {
     // Softmax in powers of two: 2^(x / ln 2) is e^x, and cheaper.
     const float factor = scale * 1.44269504f;
     for (int g = 0; g < G; g++)
-      for (int c = 0; c < size; c++) q[g][c] = by_channel[c][g] = queries[g * size + c] * factor;
+      for (int c = 0; c < size; c++)
+        by_channel[c][g] = q[g][c] = queries[g * size + c] * factor;
     std::fill_n(top, G, NONE);
     std::fill_n(sum, G, 0.0f);
     std::memset(out, 0, sizeof out);
@@ -214,8 +223,8 @@ class Attention {
     for (int start = first; start < last; start += TILE) tile(start, std::min(start + TILE, last));
   }
 
-  // out [G][head_size], and of each head the logarithm's highest term and the sum of the rest.
-  float q[G][HEAD], out[G][HEAD], top[G], sum[G];
+  // Of each head the values, not yet divided by the sum of their weights, and the highest logit.
+  float out[G][HEAD], sum[G], top[G];
 
  private:
   // Vectors whose sums for all heads fit into the registers.
@@ -224,9 +233,12 @@ class Attention {
   const Layout& at;
   const Sequence& seq;
   const int head, size;
-  float by_channel[HEAD][G];
-  float weights[G][TILE];  // logits, then their powers
-  Spare spare;
+  float q[G][HEAD];
+  float by_channel[HEAD][G];  // the same queries
+  float weights[G][TILE];     // logits, then their powers
+  Spare spare[4];
+  const uint8_t* lost_of = nullptr;  // the page of `lost`
+  uint8_t lost[HEAD / 8];            // a bitmap of the keys' entries that it dropped
 
   void tile(int start, int stop) {
     pieces(start, stop, [&](const Piece& piece, int to) {
@@ -315,22 +327,14 @@ class Attention {
 
   template <int N>
   void dots(Packed (&tokens)[N], Vec (&sums)[G][N]) {
-    for (int w = 0; w < size / W; w++) {
+    for (int c = 0; c < size; c += W) {
       Vec x[N];
-      for (int n = 0; n < N; n++) x[n] = next(tokens[n], w);
+      for (int n = 0; n < N; n++) x[n] = tokens[n].next(c);
       for (int g = 0; g < G; g++) {
-        Vec query = load(&q[g][w * W]);
+        const Vec query = load(&q[g][c]);
         for (int n = 0; n < N; n++) sums[g][n] = fma(query, x[n], sums[g][n]);
       }
     }
-  }
-
-  // The next W channels of a token, which is left after them.
-  static Vec next(Packed& token, int w) {
-    const unsigned bits = bits_at(token.bitmap, w);
-    Vec x = expand(token.entries, bits);
-    token.entries += _mm_popcnt_u32(bits);
-    return x;
   }
 
   Packed token_at(const Piece& piece, int64_t start, int64_t kept, int token) {
@@ -338,7 +342,7 @@ class Attention {
     const uint8_t* bitmaps = piece.page + start;
     const Entry* entries = (const Entry*)(bitmaps + at.block_size * size / 8) + token * kept;
     fetch(entries, piece.ahead, (int)kept * sizeof(Entry));
-    if (token == at.block_size - 1) entries = spare.copy(entries, (int)kept);
+    if ((at.block_size - 1 - token) * kept < W) entries = spare[token % 4].copy(entries, (int)kept);
     return {bitmaps + token * size / 8, entries};
   }
 
@@ -425,13 +429,13 @@ class Attention {
 
   template <int N>
   void add_all(Packed (&tokens)[N], int from) {
-    for (int w = 0; w < size / W; w++) {
+    for (int c = 0; c < size; c += W) {
       Vec x[N];
-      for (int n = 0; n < N; n++) x[n] = next(tokens[n], w);
+      for (int n = 0; n < N; n++) x[n] = tokens[n].next(c);
       for (int g = 0; g < G; g++) {
-        Vec sums = load(&out[g][w * W]);
+        Vec sums = load(&out[g][c]);
         for (int n = 0; n < N; n++) sums = fma(all(weights[g][from + n]), x[n], sums);
-        store(&out[g][w * W], sums);
+        store(&out[g][c], sums);
       }
     }
   }
@@ -439,7 +443,7 @@ class Attention {
   // -------------------------------------------------------------------- the ring
   // The rest of a token's key and value; null if its slot holds another token's, or nothing.
   const Entry* rest(int token) const {
-    const int window = (int)(at.recent + at.step), sinks = (int)at.sinks;
+    const int window = (int)at.window_slots, sinks = (int)at.sinks;
     const int slot = token < sinks ? token : sinks + (token - sinks) % window;
     const uint8_t* block = at.ring + seq.ring[slot / at.slots_per_block] * at.ring_stride;
     const uint8_t* entry = block + head * at.ring_head_stride + slot % at.slots_per_block * at.slot_bytes;
@@ -450,11 +454,10 @@ class Attention {
 
   void restore_key(int token, int to) {
     const Entry* entries = rest(token);
-    const int lost = size - (int)at.kept_keys;
-    if (!entries || !lost) return;
-    uint8_t bitmap[HEAD / 8];
-    lost_keys(token, bitmap);
-    Packed one[1] = {{bitmap, spare.copy(entries, lost)}};
+    const int count = size - (int)at.kept_keys;
+    if (!entries || !count) return;
+    find_lost_keys(token);
+    Packed one[1] = {{lost, spare[0].copy(entries, count)}};
     Vec sums[G][1] = {};
     dots(one, sums);
     for (int g = 0; g < G; g++) weights[g][to] += total(halved(sums[g][0]));
@@ -466,16 +469,20 @@ class Attention {
     const uint8_t* bitmaps = page(token) + at.values_offset;
     uint8_t bitmap[HEAD / 8];
     complement(bitmaps + token % at.block_size * size / 8, size / 8, bitmap);
-    Packed one[1] = {{bitmap, spare.copy(entries + size - at.kept_keys, size - (int)at.kept_values)}};
+    entries += size - at.kept_keys;
+    Packed one[1] = {{bitmap, spare[0].copy(entries, size - (int)at.kept_values)}};
     add_all(one, from);
   }
 
-  void lost_keys(int token, uint8_t* bitmap) const {
+  void find_lost_keys(int token) {
     const uint8_t* here = page(token);
-    if (at.packed_keys) return complement(here + token % at.block_size * size / 8, size / 8, bitmap);
-    std::memset(bitmap, 255, size / 8);
+    if (at.packed_keys)
+      return complement(here + token % at.block_size * size / 8, size / 8, lost);
+    if (here == lost_of) return;
+    lost_of = here;
+    std::memset(lost, 255, size / 8);
     const uint8_t* ids = here + at.ids_offset;
-    for (int i = 0; i < at.kept_keys; i++) bitmap[ids[i] / 8] &= (uint8_t)~(1 << ids[i] % 8);
+    for (int i = 0; i < at.kept_keys; i++) lost[ids[i] / 8] &= (uint8_t)~(1 << ids[i] % 8);
   }
 };
 
@@ -598,7 +605,7 @@ void write_one(const Layout& at, const Token& token, int head, const Entry* key,
     std::memcpy(part + offset * size * sizeof(Entry), value, size * sizeof(Entry));
     std::memset(values, 255, size / 8);
   }
-  const int window = (int)(at.recent + at.step), sinks = (int)at.sinks;
+  const int window = (int)at.window_slots, sinks = (int)at.sinks;
   if (!token.ring || (token.position >= sinks && token.position < token.length - window)) return;
   const int slot =
       token.position < sinks ? token.position : sinks + (token.position - sinks) % window;

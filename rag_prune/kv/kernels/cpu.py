@@ -45,7 +45,7 @@ class _Layout(ctypes.Structure):
         (name, ctypes.c_void_p if name in ("pages", "ring") else ctypes.c_int64)
         for name in [
             *("head_size", "block_size", "kept_keys", "kept_values", "packed_keys"),
-            *("values_offset", "ids_offset", "recent", "sinks", "step", "kv_heads"),
+            *("values_offset", "ids_offset", "recent", "sinks", "step", "window_slots", "kv_heads"),
             *("pages", "page_stride", "page_head_stride"),
             *("ring", "ring_stride", "ring_head_stride", "slots_per_block", "slot_bytes"),
             "threads",
@@ -138,6 +138,7 @@ def _layout(store: Storage) -> _Layout:
         spec.recent,
         spec.sinks,
         STEP,
+        spec.window_slots,
         store.pages.shape[1],
         store.pages.data_ptr(),
         *_strides(store.pages),
