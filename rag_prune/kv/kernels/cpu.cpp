@@ -280,7 +280,10 @@ class Attention {
   }
 
   // -------------------------------------------------------------------- keys
-  void thin_keys(const Piece& piece, int to) { channels_from<AT_ONCE>(piece, 0, to); }
+  void thin_keys(const Piece& piece, int to) {
+    if (at.kept_keys < size) fetch(piece.page + at.ids_offset, piece.ahead, (int)at.kept_keys);
+    channels_from<AT_ONCE>(piece, 0, to);
+  }
 
   // Blocks are multiples of 16 tokens, so that reading past the last token stays in its channel.
   template <int N>
@@ -313,6 +316,7 @@ class Attention {
     for (; t + 4 <= piece.count; t += 4) {
       Packed four[4];
       for (int i = 0; i < 4; i++) four[i] = token_at(piece, 0, at.kept_keys, t + i);
+      fetch(four[0].bitmap, piece.ahead, 4 * size / 8);
       Vec sums[G][4] = {};
       dots(four, sums);
       for (int g = 0; g < G; g++) _mm_storeu_ps(&weights[g][to + t], totals(sums[g]));
@@ -419,6 +423,7 @@ class Attention {
     for (; t + 4 <= piece.count; t += 4) {
       Packed four[4];
       for (int i = 0; i < 4; i++) four[i] = token_at(piece, at.values_offset, at.kept_values, t + i);
+      fetch(four[0].bitmap, piece.ahead, 4 * size / 8);
       add_all(four, from + t);
     }
     for (; t < piece.count; t++) {
