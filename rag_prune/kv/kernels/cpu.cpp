@@ -1,12 +1,13 @@
-// Attention over pruned pages, and writing them, on an x86 CPU. What pages are: rag_prune/kv/spec.py;
-// what these functions compute: `decode` and `write` of rag_prune/kv/pages.py, to which tests hold them.
+// Attention over pruned pages, and writing them, on an x86 CPU. What pages are:
+// rag_prune/kv/spec.py; what these functions compute: `decode` and `write` of
+// rag_prune/kv/pages.py, to which tests hold them.
 //
-// Decoding reads each page once, as it is stored. Thin keys are channel-major, so a query's entry is
-// multiplied with one channel of many tokens and dropped channels are simply not there; a packed token
-// is spread over a register by its bitmap. Arithmetic is in float32.
+// Decoding reads each page once, as it is stored. Thin keys are channel-major, so a query's entry
+// is multiplied with one channel of many tokens and dropped channels are simply not there; a packed
+// token is spread over a register by its bitmap. Arithmetic is in float32.
 //
-// Compiled by cpu.py, for AVX2 or for AVX-512 and for one type of entries: ENTRY is float, BFloat16 or
-// Float16. Pointers come from torch; strides are in bytes.
+// Compiled by cpu.py, for AVX2 or for AVX-512 and for one type of entries: ENTRY is float, BFloat16
+// or Float16. Pointers come from torch; strides are in bytes.
 
 #include <immintrin.h>
 
@@ -35,14 +36,18 @@ struct Layout {  // fields in the order of cpu.py's _Layout
 
 namespace {
 
-constexpr int TILE = 128;      // tokens whose weights are computed together
-constexpr int HEAD = 256;      // the largest head
-constexpr int MAX_GROUP = 8;   // query heads that share registers
+constexpr int TILE = 128;     // tokens whose weights are computed together
+constexpr int HEAD = 256;     // the largest head
+constexpr int MAX_GROUP = 8;  // query heads that share registers
 constexpr float NONE = -std::numeric_limits<float>::infinity();
 
 // ---------------------------------------------------------------------------- vectors
-struct BFloat16 { uint16_t bits; };
-struct Float16 { uint16_t bits; };
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
 using Entry = ENTRY;
 
 inline __m256i sixteen(const void* p) { return _mm256_loadu_si256((const __m256i*)p); }
@@ -80,9 +85,7 @@ inline unsigned bits_at(const uint8_t* bitmap) {
   return bits;
 }
 // The first entries go to the lanes whose bits are set, in order; the other lanes are 0.
-inline Vec expand(Vec x, unsigned bits) {
-  return _mm512_maskz_expand_ps((__mmask16)bits, x);
-}
+inline Vec expand(Vec x, unsigned bits) { return _mm512_maskz_expand_ps((__mmask16)bits, x); }
 #else
 using Vec = __m256;
 constexpr int W = 8;
@@ -100,7 +103,9 @@ inline Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
 inline Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
 inline Vec sub(Vec a, Vec b) { return _mm256_sub_ps(a, b); }
 inline Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
-inline Vec round(Vec x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline Vec round(Vec x) {
+  return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
 inline float highest(Vec x) {
   __m128 four = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
   four = _mm_max_ps(four, _mm_movehl_ps(four, four));
@@ -169,8 +174,8 @@ struct Packed {
   }
 };
 
-// Reads run past a token's last entry: harmless inside of a page, but what ends a page or a slot may
-// also end the memory, so that it is copied to where there is room.
+// Reads run past a token's last entry: harmless inside of a page, but what ends a page or a slot
+// may also end the memory, so that it is copied to where there is room.
 struct Spare {
   Entry entries[HEAD + W];
   const Entry* copy(const Entry* from, int count) {
@@ -207,13 +212,13 @@ inline void fetch(const void* p, ptrdiff_t ahead, int bytes) {
 template <int G>
 class Attention {
  public:
-  Attention(const Layout& layout, const Sequence& sequence, int head, const float* queries, float scale)
+  Attention(const Layout& layout, const Sequence& sequence, int head, const float* queries,
+            float scale)
       : at(layout), seq(sequence), head(head), size((int)layout.head_size) {
     // Softmax in powers of two: 2^(x / ln 2) is e^x, and cheaper.
     const float factor = scale * 1.44269504f;
     for (int g = 0; g < G; g++)
-      for (int c = 0; c < size; c++)
-        by_channel[c][g] = q[g][c] = queries[g * size + c] * factor;
+      for (int c = 0; c < size; c++) by_channel[c][g] = q[g][c] = queries[g * size + c] * factor;
     std::fill_n(top, G, NONE);
     std::fill_n(sum, G, 0.0f);
     std::memset(out, 0, sizeof out);
@@ -250,12 +255,14 @@ class Attention {
     pieces(start, stop, [&](const Piece& piece, int from) {
       at.kept_values < size ? packed_values(piece, from) : whole_values(piece, from);
     });
-    if (at.kept_values < size) whole(start, stop, [&](int token, int from) { restore_value(token, from); });
+    if (at.kept_values < size)
+      whole(start, stop, [&](int token, int from) { restore_value(token, from); });
   }
 
   // -------------------------------------------------------------------- walking
   const uint8_t* page(int token) const {
-    return at.pages + seq.table[token / at.block_size] * at.page_stride + head * at.page_head_stride;
+    return at.pages + seq.table[token / at.block_size] * at.page_stride +
+           head * at.page_head_stride;
   }
 
   template <class Do>
@@ -403,7 +410,8 @@ class Attention {
 
   template <int N>
   void columns(const Piece& piece, int channel, int from) {
-    const Entry* row = (const Entry*)(piece.page + at.values_offset) + (int64_t)piece.offset * size + channel;
+    const Entry* row =
+        (const Entry*)(piece.page + at.values_offset) + (int64_t)piece.offset * size + channel;
     Vec sums[G][N];
     for (int g = 0; g < G; g++)
       for (int n = 0; n < N; n++) sums[g][n] = load(&out[g][channel + n * W]);
@@ -412,7 +420,8 @@ class Attention {
       Vec values[N];
       for (int n = 0; n < N; n++) values[n] = load(row + n * W);
       for (int g = 0; g < G; g++)
-        for (int n = 0; n < N; n++) sums[g][n] = fma(all(weights[g][from + t]), values[n], sums[g][n]);
+        for (int n = 0; n < N; n++)
+          sums[g][n] = fma(all(weights[g][from + t]), values[n], sums[g][n]);
     }
     for (int g = 0; g < G; g++)
       for (int n = 0; n < N; n++) store(&out[g][channel + n * W], sums[g][n]);
@@ -422,7 +431,8 @@ class Attention {
     int t = 0;
     for (; t + 4 <= piece.count; t += 4) {
       Packed four[4];
-      for (int i = 0; i < 4; i++) four[i] = token_at(piece, at.values_offset, at.kept_values, t + i);
+      for (int i = 0; i < 4; i++)
+        four[i] = token_at(piece, at.values_offset, at.kept_values, t + i);
       fetch(four[0].bitmap, piece.ahead, 4 * size / 8);
       add_all(four, from + t);
     }
@@ -451,7 +461,8 @@ class Attention {
     const int window = (int)at.window_slots, sinks = (int)at.sinks;
     const int slot = token < sinks ? token : sinks + (token - sinks) % window;
     const uint8_t* block = at.ring + seq.ring[slot / at.slots_per_block] * at.ring_stride;
-    const uint8_t* entry = block + head * at.ring_head_stride + slot % at.slots_per_block * at.slot_bytes;
+    const uint8_t* entry =
+        block + head * at.ring_head_stride + slot % at.slots_per_block * at.slot_bytes;
     int32_t tag;
     std::memcpy(&tag, entry, 4);
     return tag == token + 1 ? (const Entry*)(entry + 4) : nullptr;
@@ -481,8 +492,7 @@ class Attention {
 
   void find_lost_keys(int token) {
     const uint8_t* here = page(token);
-    if (at.packed_keys)
-      return complement(here + token % at.block_size * size / 8, size / 8, lost);
+    if (at.packed_keys) return complement(here + token % at.block_size * size / 8, size / 8, lost);
     if (here == lost_of) return;
     lost_of = here;
     std::memset(lost, 255, size / 8);
@@ -495,8 +505,8 @@ class Attention {
 struct Task {
   int head, first, last;
   const float* queries;
-  float* out;      // [heads][head_size]
-  float* totals;   // [heads][2], highest logit and sum; null if this task is all of the sequence
+  float* out;     // [heads][head_size]
+  float* totals;  // [heads][2], highest logit and sum; null if this task is all of the sequence
 };
 
 template <int G>
@@ -546,9 +556,9 @@ inline uint32_t magnitude(float x) {
 inline uint32_t magnitude(BFloat16 x) { return x.bits & 0x7fffu; }
 inline uint32_t magnitude(Float16 x) { return x.bits & 0x7fffu; }
 
-// The bitmap of the `kept` entries of largest magnitude, ties to the lower channel. As whole numbers
-// the bits of floats without sign are in the order of the floats, so the smallest magnitude kept is
-// found bit by bit.
+// The bitmap of the `kept` entries of largest magnitude, ties to the lower channel. As whole
+// numbers the bits of floats without sign are in the order of the floats, so the smallest magnitude
+// kept is found bit by bit.
 void largest(const Entry* x, int size, int kept, uint8_t* bitmap) {
   uint32_t magnitudes[HEAD], least = 0;
   for (int c = 0; c < size; c++) magnitudes[c] = magnitude(x[c]);
@@ -561,7 +571,8 @@ void largest(const Entry* x, int size, int kept, uint8_t* bitmap) {
   for (int c = 0; c < size; c++) ties -= magnitudes[c] > least;
   std::memset(bitmap, 0, size / 8);
   for (int c = 0; c < size; c++)
-    if (magnitudes[c] > least || (magnitudes[c] == least && ties-- > 0)) bitmap[c / 8] |= 1 << c % 8;
+    if (magnitudes[c] > least || (magnitudes[c] == least && ties-- > 0))
+      bitmap[c / 8] |= 1 << c % 8;
 }
 
 Entry* gather(const Entry* x, const uint8_t* bitmap, int size, Entry* to) {
@@ -571,7 +582,8 @@ Entry* gather(const Entry* x, const uint8_t* bitmap, int size, Entry* to) {
 }
 
 // A bitmap and its entries into a page; `bitmap` is also left to the caller.
-void pack(const Layout& at, const Entry* x, int64_t kept, int offset, uint8_t* part, uint8_t* bitmap) {
+void pack(const Layout& at, const Entry* x, int64_t kept, int offset, uint8_t* part,
+          uint8_t* bitmap) {
   const int size = (int)at.head_size;
   largest(x, size, (int)kept, bitmap);
   std::memcpy(part + offset * size / 8, bitmap, size / 8);
@@ -595,7 +607,8 @@ struct Token {
   const int32_t* ring;
 };
 
-void write_one(const Layout& at, const Token& token, int head, const Entry* key, const Entry* value) {
+void write_one(const Layout& at, const Token& token, int head, const Entry* key,
+               const Entry* value) {
   const int size = (int)at.head_size, offset = token.position % (int)at.block_size;
   uint8_t* page = at.pages + token.block * at.page_stride + head * at.page_head_stride;
   uint8_t keys[HEAD / 8], values[HEAD / 8];  // bitmaps of what the page keeps
@@ -637,19 +650,23 @@ void prunekit_decode(const Layout* layout, int64_t rows, int64_t heads, float sc
   const int size = (int)at.head_size, group = (int)(heads / at.kv_heads);
   const int chunks = (group + MAX_GROUP - 1) / MAX_GROUP;  // of the heads that share a KV head
   const int64_t stride = rows * heads;                     // of a part, in heads
-  std::vector<float> outs(parts > 1 ? parts * stride * size : 0), totals(parts > 1 ? parts * stride * 2 : 0);
+  std::vector<float> outs(parts > 1 ? parts * stride * size : 0),
+      totals(parts > 1 ? parts * stride * 2 : 0);
   const int64_t tasks = rows * at.kv_heads * chunks * parts;
 #pragma omp parallel for schedule(dynamic) num_threads((int)at.threads)
   for (int64_t i = 0; i < tasks; i++) {
     const int64_t part = i % parts, chunk = i / parts % chunks, pair = i / parts / chunks;
     const int64_t row = pair / at.kv_heads, head = pair % at.kv_heads;
     const int64_t first_head = row * heads + head * group + chunk * MAX_GROUP;
-    const Sequence sequence{table + row * table_stride, rings ? rings + row * rings_stride : nullptr,
+    const Sequence sequence{table + row * table_stride,
+                            rings ? rings + row * rings_stride : nullptr,
                             valid ? valid + row * valid_stride : nullptr, lengths[row]};
     // Parts end where tiles do, so that all but the last are full.
     const int tiles = (sequence.length + TILE - 1) / TILE;
-    const int first = (int)(tiles * part / parts) * TILE, last = (int)(tiles * (part + 1) / parts) * TILE;
-    Task task{(int)head, first, std::min(last, sequence.length), queries + first_head * size, nullptr, nullptr};
+    const int first = (int)(tiles * part / parts) * TILE,
+              last = (int)(tiles * (part + 1) / parts) * TILE;
+    Task task{(int)head, first,  std::min(last, sequence.length), queries + first_head * size,
+              nullptr,   nullptr};
     task.out = parts > 1 ? &outs[(part * stride + first_head) * size] : out + first_head * size;
     task.totals = parts > 1 ? &totals[(part * stride + first_head) * 2] : nullptr;
     const int these = std::min(MAX_GROUP, group - (int)chunk * MAX_GROUP);
@@ -661,17 +678,20 @@ void prunekit_decode(const Layout* layout, int64_t rows, int64_t heads, float sc
 }
 
 // keys, values: of the entries' type, [tokens][kv_heads][head_size], the last dimension contiguous.
-void prunekit_write(const Layout* layout, int64_t tokens, const int32_t* blocks, const int32_t* positions,
-                    const int32_t* lengths, const int32_t* rings, int64_t rings_stride,
-                    const uint8_t* keys, int64_t key_stride, int64_t key_head_stride,
-                    const uint8_t* values, int64_t value_stride, int64_t value_head_stride) {
+void prunekit_write(const Layout* layout, int64_t tokens, const int32_t* blocks,
+                    const int32_t* positions, const int32_t* lengths, const int32_t* rings,
+                    int64_t rings_stride, const uint8_t* keys, int64_t key_stride,
+                    int64_t key_head_stride, const uint8_t* values, int64_t value_stride,
+                    int64_t value_head_stride) {
   const Layout& at = *layout;
   // Neighbours go to one thread: entries of a channel of thin keys share a cache line.
 #pragma omp parallel for collapse(2) schedule(static) num_threads((int)at.threads)
   for (int64_t head = 0; head < at.kv_heads; head++)
     for (int64_t i = 0; i < tokens; i++) {
-      const Token token{blocks[i], positions[i], lengths[i], rings ? rings + i * rings_stride : nullptr};
-      write_one(at, token, (int)head, (const Entry*)(keys + i * key_stride + head * key_head_stride),
+      const Token token{blocks[i], positions[i], lengths[i],
+                        rings ? rings + i * rings_stride : nullptr};
+      write_one(at, token, (int)head,
+                (const Entry*)(keys + i * key_stride + head * key_head_stride),
                 (const Entry*)(values + i * value_stride + head * value_head_stride));
     }
 }
