@@ -19,6 +19,8 @@ from typing import Any
 
 import pytest
 
+from rag_prune.kv import KVPruneConfig
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -190,7 +192,7 @@ def check_options(line: str, place: Place) -> None:
     """The command and its options are there; what they do is tested where it is fast to do."""
     words = shlex.split(line, comments=True)
     options = [word for word in words if word.startswith("--")]
-    command = list(takewhile(re.compile("[a-z-]+").fullmatch, words))
+    command = list(takewhile(re.compile("[a-z][a-z-]*").fullmatch, words))
     shown = place.run(shlex.join([*command, "--help"]))
     assert all(re.search(rf"{option}\b", shown) for option in options)
 
@@ -211,6 +213,14 @@ def check_ask(line: str, place: Place) -> None:
     assert any("[statements.md]" in sentence for sentence in read)
 
 
+def check_serving(line: str, place: Place) -> None:
+    """What it tells vLLM is a configuration of ours; tests/serve starts servers."""
+    words = shlex.split(line, comments=True)
+    given = json.loads(words[words.index("--additional-config") + 1])["prunekit_kv"]
+    config = KVPruneConfig.parse({"policy": "static", **given})
+    assert config.method == "think"
+
+
 def check_methods(line: str, place: Place) -> None:
     """It lists them."""
     assert "provence" in place.run(line)
@@ -223,6 +233,8 @@ CHECKS: dict[str, Callable[[str, Place], None]] = {
     r"prunekit context .*": check_context,
     r"prunekit serve-context.*": check_options,
     r"prunekit rag ask .*": check_ask,
+    r"prunekit kv (plan|calibrate) .*": check_options,
+    r"vllm serve .*": check_serving,
     r"prunekit methods( --json)?": check_methods,
 }
 

@@ -21,9 +21,11 @@ from typing import Any, ClassVar
 
 import pytest
 
+from kv_oracle import tiny_llama
 from pipelines import cli
 from rag_prune import METHODS, ContextPruner
-from tiny import toy_encoder, toy_rows, write_rows
+from rag_prune.kv.masks import load_masks, model_fingerprint
+from tiny import toy_encoder, toy_rows, toy_tokenizer, write_rows
 
 ROOT = Path(__file__).parents[2]
 CURIE = "Marie Curie found radium. She liked cycling."
@@ -588,3 +590,25 @@ def test_a_plan_as_json_is_an_object_and_without_a_method_a_list(run: Run, llama
 def test_a_plan_that_cannot_be(run: Run, llama: Path, options: tuple[str, str], says: str) -> None:
     size = ("--model", llama, "--gpu-memory", "80GB", "--context", "8192")
     assert says in failed(run("kv", "plan", *size, *options))
+
+
+# ------------------------------------------------------------------------------- kv calibrate
+def test_calibration_writes_a_file_of_masks(run: Run, tmp_path: Path) -> None:
+    tokenizer = toy_tokenizer()
+    model = tiny_llama(vocab_size=len(tokenizer))
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    text = tmp_path / "text.txt"
+    text.write_text("the cat is in paris today . " * 60)
+    out = tmp_path / "masks.safetensors"
+    ran = run("kv", "calibrate", tmp_path / "model", text, "--out", out, "--tokens", "128")
+    assert (ran.code, ran.out) == (0, f"Wrote {out}.\n")
+    assert load_masks(out, model_fingerprint(model.config)).shape == (3, 2, 32)
+
+
+def test_calibration_that_cannot_be(run: Run, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_bytes(b"\xff\xfe")
+    assert "Give a text file in UTF-8" in failed(run("kv", "calibrate", tmp_path, text))
+    text.write_text("short")
+    assert "Cannot load a language model" in failed(run("kv", "calibrate", tmp_path, text))

@@ -1,5 +1,8 @@
 """Pruned caches in transformers against the definition, and at ratio 0 against DynamicCache."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -426,3 +429,22 @@ def test_turns_with_padding_between(model):
         real = mask[row].bool()
         alone = by_cache(model, new_cache(), ids[row : row + 1, real], [int(real.sum())])
         torch.testing.assert_close(found[row, real], alone[0], atol=2e-4, rtol=1e-4)
+
+
+def test_the_snippets_of_the_page_run(model, tmp_path, monkeypatch):
+    page = (Path(__file__).parents[2] / "docs" / "kv-cache.md").read_text(encoding="utf-8")
+    snippets = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    assert len(snippets) == 4
+    monkeypatch.chdir(tmp_path)
+    ids = tokens(2, 100)
+    names = {
+        "model": model,
+        "tokenizer": Words(),
+        "texts": [" ".join(map(str, range(300)))],
+        "inputs": {"input_ids": ids, "attention_mask": torch.ones_like(ids)},
+    }
+    for snippet in snippets:
+        exec(compile(snippet, "docs/kv-cache.md", "exec"), names)
+        if "output" in names:
+            assert names.pop("output").shape == (2, 120)
+    assert load_masks("masks.safetensors", model_fingerprint(model.config)).shape == (3, 2, 32)
