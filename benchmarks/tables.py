@@ -19,6 +19,7 @@ from rag_prune import METHODS
 ROOT = Path(__file__).parents[1]
 CARD = ROOT / "rag_prune" / "context" / "default" / "README.md"
 PAGES = [ROOT / "README.md", CARD, *sorted((ROOT / "docs").glob("*.md"))]
+KV_RESULTS = ROOT / "benchmarks" / "kv" / "results"
 MARK = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
 
@@ -336,6 +337,67 @@ def heads_counts() -> str:
     return table(head, rows)
 
 
+def kv_fidelity() -> str:
+    r = results("fidelity", "kv")
+    names = {
+        "published": "ThinK as published, {}",
+        "kvpress": "kvpress's rule, {}",
+        "key norm": "key norms alone, {}, our window",
+        "random channels": "random channels, {}, our window",
+    }
+    rows = []
+    for name, row in r["rows"].items():
+        start, ratio = name.rsplit(" ", 1)
+        label = names[start].format(ratio) if start in names else name
+        cells = [with_interval(row[k]) if k in row else "" for k in ("kl", "top1", "retrieval")]
+        rows.append([label, *cells])
+    head = [
+        f"{r['texts']} texts, {r['following']} tokens after {r['prompt']}; 95 % intervals",
+        "KL to the whole cache, nats",
+        "same likeliest token",
+        f"retrieval from {r['pairs']} pairs, {r['questions']} questions",
+    ]
+    return table(head, rows)
+
+
+def kv_transformers() -> str:
+    r = results("transformers", "kv")
+    rows = [
+        [
+            name,
+            *(f"{row[k]:.3f}" for k in ("bytes after the prompt", "bytes at the end")),
+            *(median(row[k]) for k in ("prompt, × dense", "step, × dense")),
+        ]
+        for name, row in r["rows"].items()
+    ]
+    head = [
+        f"{r['batch']} × {r['tokens']} tokens, {r['steps']} more; × `DynamicCache` and SDPA",
+        "bytes after the prompt",
+        "bytes at the end",
+        "seconds of the prompt",
+        "seconds a step",
+    ]
+    return table(head, rows)
+
+
+def kv_attention() -> str:
+    """Each file of results is a column; all hold the same paths."""
+    runs = [results(path.stem, "kv") for path in sorted(KV_RESULTS.glob("attention-*.json"))]
+    names = {"dense": "our kernel, all kept", "vllm": "vLLM's kernel", "sdpa_float32": "SDPA"}
+    head = ["one decode step, × faster than our kernel with all kept"]
+    for run in runs:
+        of = run["attention"]
+        head.append(
+            f"{of['dtype']}, {of['heads']}/{of['kv_heads']} heads of {of['head_size']}, "
+            f"{of['threads']} thread{'s' * (of['threads'] > 1)}, {of['build']}"
+        )
+    rows = []
+    for path in runs[0]["times_as_fast_as"]["dense"]:
+        cells = [f"{run['times_as_fast_as']['dense'][path]['median']:.2f}" for run in runs]
+        rows.append([names.get(path, path), *cells])
+    return table(head, rows)
+
+
 def heads_questions() -> str:
     r = results("ph3", "heads")["questions"]
     names = {
@@ -392,6 +454,9 @@ TABLES = {
     "throughput": throughput,
     "throughput-parts": throughput_parts,
     "heads": heads,
+    "kv_attention": kv_attention,
+    "kv_fidelity": kv_fidelity,
+    "kv_transformers": kv_transformers,
     "heads-counts": heads_counts,
     "heads-questions": heads_questions,
     "install": install,

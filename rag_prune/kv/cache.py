@@ -74,6 +74,8 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             ring = self._zeros(self.batch, self.heads, spec.ring_slots * spec.slot_bytes)
         empty = self._zeros(0, self.heads, spec.page_bytes)
         self.store = pages.Storage(spec, self.dtype, empty, ring)
+        if self.static is not None:
+            self.static = self.static.to(self.device)
         self.kernels = kernels.choose(self.device)
         self.is_initialized = True
 
@@ -101,12 +103,16 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def offload(self) -> None:
         raise InputError("A pruned KV cache cannot be offloaded: it stays on the model's device.")
 
-    def crop(self, max_length: int) -> None:
-        """Take back the newest tokens; negative: that many of them. None of them may be padding.
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back so many of the newest tokens, given as a negative number; none is padding.
+
+        A positive number is the length that is left, as transformers' caches have it, too.
 
         Raises InputError beyond what the ring still has whole, or into an evicted prompt.
         """
-        length = self.seen + max_length if max_length < 0 else max_length
+        length = tokens_to_remove
+        if tokens_to_remove <= 0:
+            length += self.seen
         back = self.seen - length
         if back <= 0:
             return
@@ -306,6 +312,11 @@ class PrunedCache(Cache):
     ) -> None:
         text = model_config.get_text_config(decoder=True)
         check_model(text, config)
+        if eviction is not None and config.method == "think" and config.policy == "causal":
+            raise InputError(
+                "policy 'causal' chooses a page's channels by the queries up to its end, and "
+                "eviction takes tokens out of between: choose policy 'prompt' or 'static'."
+            )
         size = _head_size(text)
         static: list[Tensor] | list[None] = [None] * text.num_hidden_layers
         if config.masks is not None:

@@ -285,6 +285,24 @@ def test_eviction_then_channels(model):
         cache.crop(150)
 
 
+def test_eviction_beside_causal_channels_is_refused(model):
+    with pytest.raises(InputError, match="choose policy 'prompt' or 'static'"):
+        ThinKCache(model.config, KVPruneConfig(policy="causal"), eviction=SnapKV(tokens=64))
+
+
+def test_assisted_generation_crops(model):
+    """Prompt lookup guesses several tokens and takes wrong ones back."""
+    ids = tokens(1, 12).repeat(1, 9)
+    wanted = generate(model, ids, DynamicCache(config=model.config), max_new_tokens=40)
+    for config in (KVPruneConfig(method="none"), KVPruneConfig(method="mustafar", **WINDOW)):
+        new_cache = enable_kv_pruning(model, config)
+        plain = generate(model, ids, new_cache(), max_new_tokens=40)
+        found = generate(model, ids, new_cache(), max_new_tokens=40, prompt_lookup_num_tokens=4)
+        assert (found == plain).all()
+        if config.method == "none":
+            assert (found == wanted).all()
+
+
 def test_snapkv_scores_are_the_published_ones():
     torch.manual_seed(0)
     q, k = torch.randn(2, 4, 50, 16), torch.randn(2, 2, 50, 16)
