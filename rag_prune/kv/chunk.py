@@ -120,14 +120,13 @@ def attend(
             keys[:, : end - past],
             values[:, : end - past],
         )
-    out = prefill(
-        queries[None],
-        far_keys[None, :, : chunk.far],
-        far_values[None, :, : chunk.far],
-        torch.cat([near_keys, keys.to(near_keys.dtype)], 1)[None],
-        torch.cat([near_values, values.to(near_values.dtype)], 1)[None],
+    return prefill(
+        queries,
+        far_keys[:, : chunk.far],
+        far_values[:, : chunk.far],
+        torch.cat([near_keys, keys.to(near_keys.dtype)], 1),
+        torch.cat([near_values, values.to(near_values.dtype)], 1),
         chunk.whole_from,
         scale,
         chunk.total,
     )
-    return out[0]

@@ -212,23 +212,21 @@ def decode(
     lengths: Tensor,
     rings: Tensor | None,
     scale: float,
-    valid: Tensor | None = None,
 ) -> Tensor:
     """Attention of the newest token of each sequence, which is already stored. [R, heads, D].
 
     queries: [R, heads, D]; heads is a multiple of H, neighbours share a KV head.
     table: int [R, pages], anything after a sequence's last page.
     lengths: int [R], tokens of each sequence, at least 1.
-    rings: int [R, n].   valid: bool [R, tokens], False for the padding.
+    rings: int [R, n].
 
     Tokens from spec.cut(length − 1) on, and the sinks, are read whole as far as the ring has their
     rest. A few pages are unpacked at a time, never the sequence.
     """
     out = torch.empty_like(queries)
     for row, length in enumerate(lengths.tolist()):
-        mask = None if valid is None else valid[row, :length]
         ring = None if rings is None else rings[row]
-        out[row] = _decode_one(store, queries[row], table[row], length, ring, scale, mask)
+        out[row] = _decode_one(store, queries[row], table[row], length, ring, scale)
     return out
 
 
@@ -239,7 +237,6 @@ def _decode_one(
     length: int,
     ring: Tensor | None,
     scale: float,
-    valid: Tensor | None,
 ) -> Tensor:
     spec, cut = store.spec, store.spec.cut(length - 1)
     q = torch.unflatten(query.float(), 0, (store.pages.shape[1], -1)) * scale  # [H, group, D]
@@ -261,13 +258,7 @@ def _decode_one(
                 store, page, ring, at, keys[:, near], values[:, near]
             )
         logits = q @ keys.float().transpose(1, 2)
-        if valid is not None:
-            logits = logits.masked_fill(~valid[positions], -math.inf)
-        part = logits.logsumexp(-1, keepdim=True)
-        new = torch.logaddexp(total, part)
-        # Where all tokens so far are padding there is nothing to weigh yet.
-        old_weight = (total - new).exp().nan_to_num(0.0)
-        weights = (logits - new).exp().nan_to_num(0.0)
-        out = out * old_weight + weights @ values.float()
+        new = torch.logaddexp(total, logits.logsumexp(-1, keepdim=True))
+        out = out * (total - new).exp() + (logits - new).exp() @ values.float()
         total = new
     return out.flatten(0, 1).to(query.dtype)

@@ -12,29 +12,18 @@ import torch
 from torch import Tensor
 
 
-def channel_scores(queries: Tensor, keys: Tensor, valid: Tensor | None = None) -> Tensor:
+def channel_scores(queries: Tensor, keys: Tensor) -> Tensor:
     """The score of each channel, [..., kv_heads, head_size]; higher ones matter more.
 
     queries: [..., heads, window, head_size], the newest ones, after RoPE.
     keys: [..., kv_heads, tokens, head_size], after RoPE.   heads is a multiple of kv_heads.
-    valid: bool [..., n], of the n tokens up to the last key, which is the last query's too, n no
-        less than window and tokens; False for the padding, whose queries and keys say nothing.
 
     The mean of squares, as in the published code: the square of the norms above over two counts,
     so the order is the same.
     """
-    of_heads, norms = _mean_squares(queries, valid), _mean_squares(keys, valid)
+    of_heads, norms = (x.float().square().mean(-2) for x in (queries, keys))
     groups = norms.shape[-2], of_heads.shape[-2] // norms.shape[-2]
     return torch.unflatten(of_heads, -2, groups).mean(-2) * norms
-
-
-def _mean_squares(x: Tensor, valid: Tensor | None) -> Tensor:
-    """[..., heads, head_size], over the tokens of x, [..., heads, tokens, head_size]."""
-    squares = x.float().square()
-    if valid is None:
-        return squares.mean(-2)
-    seen = valid[..., None, -x.shape[-2] :, None]
-    return squares.masked_fill(~seen, 0).sum(-2) / seen.sum(-2).clamp(min=1)
 
 
 def best_channels(scores: Tensor, kept: int) -> Tensor:

@@ -60,12 +60,12 @@ class Sequence:
         count = self.spec.kept_keys if what == "keys" else self.spec.kept_values
         return sorted(sorted(range(SIZE), key=lambda c: (-abs(vector[c]), c))[:count])
 
-    def decode(self, queries, length, valid=None):
+    def decode(self, queries, length):
         rings = None if self.ring is None else self.ring[None]
         lengths = torch.tensor([length])
-        return pages.decode(self.store, queries, self.table[None], lengths, rings, 0.2, valid)
+        return pages.decode(self.store, queries, self.table[None], lengths, rings, 0.2)
 
-    def attention(self, queries, length, valid=None, start=None):
+    def attention(self, queries, length, start=None):
         """[1, heads, D], a token at a time; whole ones are the sinks and those from `start` on."""
         if start is None:
             start = max(0, length - self.spec.recent) // 16 * 16
@@ -74,8 +74,6 @@ class Sequence:
         for at, query in enumerate(queries[0].double()):
             weights, read = [], []
             for token in range(length):
-                if valid is not None and not valid[0, token]:
-                    continue
                 pair = []
                 for what in ("keys", "values"):
                     vector = getattr(self, what)[token, at // group].double()
@@ -164,18 +162,6 @@ def test_decode_reads_the_window_whole_and_all_else_pruned(name, dtype):
         got, want = made.decode(queries, last), made.attention(queries, last)
         torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
         first = last
-
-
-@pytest.mark.parametrize("padding", [0, 5, 33, 49])
-@pytest.mark.parametrize("name", CONFIGS)
-def test_padding_is_not_read(monkeypatch, name, padding):
-    monkeypatch.setattr(pages, "_AT_ONCE", 1)
-    made = Sequence(CONFIGS[name], 50)
-    made.write(0, 50)
-    queries = torch.randn(1, HEADS, SIZE, generator=torch.Generator().manual_seed(1))
-    valid = (torch.arange(50) >= padding)[None]
-    got, want = made.decode(queries, 50, valid), made.attention(queries, 50, valid)
-    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["thin", "packed", "thin keys, packed values"])

@@ -191,8 +191,7 @@ inline void complement(const uint8_t* bitmap, int bytes, uint8_t* result) {
 // ---------------------------------------------------------------------------- decoding
 struct Sequence {
   const int32_t* table;
-  const int32_t* ring;   // null if there is none
-  const uint8_t* valid;  // null if all tokens are
+  const int32_t* ring;  // null if there is none
   int length;
 };
 
@@ -250,8 +249,7 @@ class Attention {
       at.packed_keys ? packed_keys(piece, to) : thin_keys(piece, to);
     });
     whole(start, stop, [&](int token, int to) { restore_key(token, to); });
-    hide(start, stop);
-    if (!soften(stop - start)) return;
+    soften(stop - start);
     pieces(start, stop, [&](const Piece& piece, int from) {
       at.kept_values < size ? packed_values(piece, from) : whole_values(piece, from);
     });
@@ -358,27 +356,14 @@ class Attention {
   }
 
   // -------------------------------------------------------------------- softmax
-  void hide(int start, int stop) {
-    if (!seq.valid) return;
-    for (int t = start; t < stop; t++)
-      if (!seq.valid[t])
-        for (int g = 0; g < G; g++) weights[g][t - start] = NONE;
-  }
-
-  // Logits to weights, relative to the highest so far; false if there is nothing to weigh.
-  bool soften(int count) {
+  // Logits to weights, relative to the highest so far.
+  void soften(int count) {
     const int end = (count + W - 1) / W * W;
-    bool any = false;
     for (int g = 0; g < G; g++) {
       std::fill(weights[g] + count, weights[g] + end, NONE);
       Vec high = all(top[g]);
       for (int t = 0; t < end; t += W) high = max(high, load(&weights[g][t]));
       const float now = highest(high);
-      if (now == NONE) {
-        std::fill_n(weights[g], end, 0.0f);
-        continue;
-      }
-      any = true;
       Vec added = all(0.0f);
       for (int t = 0; t < end; t += W) {
         Vec weight = power(sub(load(&weights[g][t]), all(now)));
@@ -388,7 +373,6 @@ class Attention {
       if (now > top[g]) weaken(g, now);
       sum[g] += total(halved(added));
     }
-    return any;
   }
 
   void weaken(int g, float now) {
@@ -514,7 +498,7 @@ void attend(const Layout& at, const Sequence& sequence, const Task& task, float 
   Attention<G> attention(at, sequence, task.head, task.queries, scale);
   attention.run(task.first, task.last);
   for (int g = 0; g < G; g++) {
-    const float sum = attention.sum[g], share = sum > 0 ? 1 / sum : 0;  // all padding: zeros
+    const float sum = attention.sum[g], share = sum > 0 ? 1 / sum : 0;  // zeros without tokens
     float* out = task.out + g * at.head_size;
     for (int c = 0; c < at.head_size; c++) out[c] = attention.out[g][c] * share;
     if (task.totals) {
@@ -536,7 +520,6 @@ void join(const float* outs, const float* totals, int parts, int64_t stride, int
   float top = NONE, sum = 0;
   for (int p = 0; p < parts; p++) top = std::max(top, totals[p * stride * 2]);
   std::fill_n(out, size, 0.0f);
-  if (top == NONE) return;
   float shares[W];
   for (int p = 0; p < parts; p++) {
     store(shares, power(all(totals[p * stride * 2] - top)));
@@ -645,7 +628,7 @@ extern "C" {
 void prunekit_decode(const Layout* layout, int64_t rows, int64_t heads, float scale, int64_t parts,
                      const float* queries, const int32_t* table, int64_t table_stride,
                      const int32_t* lengths, const int32_t* rings, int64_t rings_stride,
-                     const uint8_t* valid, int64_t valid_stride, float* out) {
+                     float* out) {
   const Layout& at = *layout;
   const int size = (int)at.head_size, group = (int)(heads / at.kv_heads);
   const int chunks = (group + MAX_GROUP - 1) / MAX_GROUP;  // of the heads that share a KV head
@@ -659,8 +642,7 @@ void prunekit_decode(const Layout* layout, int64_t rows, int64_t heads, float sc
     const int64_t row = pair / at.kv_heads, head = pair % at.kv_heads;
     const int64_t first_head = row * heads + head * group + chunk * MAX_GROUP;
     const Sequence sequence{table + row * table_stride,
-                            rings ? rings + row * rings_stride : nullptr,
-                            valid ? valid + row * valid_stride : nullptr, lengths[row]};
+                            rings ? rings + row * rings_stride : nullptr, lengths[row]};
     // Parts end where tiles do, so that all but the last are full.
     const int tiles = (sequence.length + TILE - 1) / TILE;
     const int first = (int)(tiles * part / parts) * TILE,

@@ -86,17 +86,15 @@ def decode(
     lengths: Tensor,
     rings: Tensor | None,
     scale: float,
-    valid: Tensor | None = None,
 ) -> Tensor:
     """`pages.decode`: the same arguments, and the same result but for rounding."""
     kernels = _kernels(store.dtype)
     if kernels is None:
-        return pages.decode(store, queries, table, lengths, rings, scale, valid)
+        return pages.decode(store, queries, table, lengths, rings, scale)
     rows, heads, _ = queries.shape
     asked, out = queries.float().contiguous(), torch.empty(queries.shape)
     table, lengths = _dense(table, torch.int32), _dense(lengths, torch.int32)
     slots = None if rings is None or store.ring is None else _dense(rings, torch.int32)
-    seen = None if valid is None else _dense(valid, torch.bool)
     kernels.prunekit_decode(
         _layout(store),
         rows,
@@ -107,7 +105,6 @@ def decode(
         *_rows(table),
         lengths.data_ptr(),
         *_rows(slots),
-        *_rows(seen),
         out.data_ptr(),
     )
     return out.to(queries.dtype)
@@ -262,7 +259,7 @@ def _open(path: Path) -> Any:
     layout = ctypes.POINTER(_Layout)
     library.prunekit_decode.argtypes = [
         *(layout, number, number, ctypes.c_float, number),
-        *(address, *rows, address, *rows, *rows, address),
+        *(address, *rows, address, *rows, address),
     ]
     library.prunekit_write.argtypes = [
         *(layout, number, address, address, address, *rows),

@@ -41,12 +41,11 @@ def decode(
     lengths: Tensor,
     rings: Tensor | None,
     scale: float,
-    valid: Tensor | None = None,
 ) -> Tensor:
     """Attention of the newest token of each sequence, which is already stored. [R, heads, D].
 
     Arguments and result are those of `pages.decode`. All tensors are on one device; the last
-    dimension of `table`, `rings` and `valid` is contiguous. A sequence of length 0 gets zeros.
+    dimension of `table` and `rings` is contiguous. A sequence of length 0 gets zeros.
     """
     spec = store.spec
     rows, heads = queries.shape[:2]
@@ -80,7 +79,6 @@ def decode(
         tags,
         rests,
         rings,
-        valid,
         scale,
         *asked.stride(),
         *store.pages.stride()[:2],
@@ -89,7 +87,6 @@ def decode(
         *rests.stride()[:2],
         table.stride(0),
         rings.stride(0) if rings is not None else 0,
-        valid.stride(0) if valid is not None else 0,
         GROUP=heads // kv_heads,
         GROUP_PADDED=max(_LEAST, triton.next_power_of_2(heads // kv_heads)),
         HEAD=spec.head_size,
@@ -141,7 +138,6 @@ def _attend(
     tags,  # the ring's memory as int32
     rests,  # the same memory as entries
     rings,
-    valid,  # None if there is no padding
     scale,
     query_row,  # strides, in elements
     query_head,
@@ -156,7 +152,6 @@ def _attend(
     rest_head,
     table_row,
     ring_row,
-    valid_row,
     GROUP: tl.constexpr,
     GROUP_PADDED: tl.constexpr,
     HEAD: tl.constexpr,
@@ -206,8 +201,6 @@ def _attend(
         position = start + tl.arange(0, TILE)
         token = position % BLOCK
         seen = position < length
-        if valid is not None:
-            seen &= tl.load(valid + row * valid_row + position, mask=seen, other=0) != 0
         block = tl.load(table + row * table_row + start // BLOCK).to(tl.int64)
         page = pages + block * page_block + head * page_head
         entry = entries + block * entry_block + head * entry_head
@@ -257,9 +250,8 @@ def _attend(
         # The running softmax.
         logits = tl.where(seen[None, :], logits * scale, float("-inf"))
         highest = tl.maximum(top, tl.max(logits, 1))
-        base = tl.where(highest == float("-inf"), 0.0, highest)  # only padding so far
-        weights = tl.exp(logits - base[:, None])
-        shrink = tl.exp(top - base)
+        weights = tl.exp(logits - highest[:, None])
+        shrink = tl.exp(top - highest)
         total = total * shrink + tl.sum(weights, 1)
         top = highest
 
