@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -27,6 +26,7 @@ from rag_prune.kv import kernels, pages
 from rag_prune.kv.chunk import Chunk, attend, choose
 from rag_prune.kv.config import KVPruneConfig
 from rag_prune.kv.masks import load_masks, model_fingerprint
+from rag_prune.kv.prefill import dense
 from rag_prune.kv.snapkv import SnapKV
 from rag_prune.kv.spec import PageSpec
 from rag_prune.kv.think import best_channels
@@ -199,7 +199,7 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """Tokens of one row: queries [heads, T, D], keys and values [H, T, D]."""
         past, total = self.lengths[row], self.lengths[row] + keys.shape[1]
         if self.eviction is not None and not past:
-            out = _whole_prompt(queries, keys, values, scale)
+            out = dense(queries, keys, values, scale)
             keys, values = self._evict(row, queries, keys, values, scale)
             chunk = Chunk.of(self.store.spec, self.config, self.table[row], 0, keys.shape[1])
             self._store(row, chunk, queries, keys, values)
@@ -288,15 +288,6 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         return torch.zeros(shape, dtype=torch.uint8, device=self.device)
 
 
-def _whole_prompt(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
-    """Causal attention of a prompt over itself."""
-    groups = queries.shape[0] != keys.shape[0]
-    out = scaled_dot_product_attention(
-        queries[None], keys[None], values[None], is_causal=True, scale=scale, enable_gqa=groups
-    )
-    return out[0]
-
-
 class PrunedCache(Cache):
     """A KV cache for one model under one configuration.
 
@@ -340,7 +331,7 @@ class PrunedCache(Cache):
         return found
 
     def nbytes(self) -> int:
-        """Bytes of all that is stored: pages with their ids, rings, and the padding's mask."""
+        """Bytes of all that is stored: pages with their ids, and rings."""
         return sum(layer.nbytes() for layer in self.layers if isinstance(layer, PrunedLayer))
 
 

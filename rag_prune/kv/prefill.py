@@ -35,7 +35,7 @@ def prefill(
     total: S.
     """
     if not whole_from.any():
-        return _dense(queries, near_keys, near_values, scale)
+        return dense(queries, near_keys, near_values, scale)
     count, first = queries.shape[1], total - queries.shape[1]
     positions = torch.arange(total, device=queries.device)
     near_start, starts = total - near_keys.shape[1], whole_from.tolist()
@@ -61,8 +61,11 @@ def prefill(
     return out.flatten(0, 1)
 
 
-def _dense(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
-    """Causal attention of the last T of N tokens, all whole."""
+def dense(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+    """Causal attention of the last T of N tokens, all whole, [heads, T, D].
+
+    queries: [heads, T, D].   keys, values: [H, N, D].
+    """
     count, total, mask = queries.shape[1], keys.shape[1], None
     if count < total:
         mask = torch.ones(count, total, dtype=torch.bool, device=keys.device).tril(total - count)
