@@ -40,6 +40,8 @@ context_app = typer.Typer(
 app.add_typer(context_app, name="context")
 rag_app = typer.Typer(help="Retrieve, prune, answer.", no_args_is_help=True)
 app.add_typer(rag_app, name="rag")
+kv_app = typer.Typer(help="Prune the KV cache: see whether it pays.", no_args_is_help=True)
+app.add_typer(kv_app, name="kv")
 
 Model = Annotated[
     str | None, typer.Option(help="Pruner: a folder or a hub name; the bundled one by default.")
@@ -314,6 +316,59 @@ def ask(
         )
     if html:
         result.context.to_html(html)
+
+
+@kv_app.command("plan")
+def kv_plan(
+    model: Annotated[str, typer.Option(help="A folder with config.json, or a hub name.")],
+    gpu_memory: Annotated[str, typer.Option(help="Of the GPU, or for a CPU: 24GiB, 80GB, bytes.")],
+    context: Annotated[int, typer.Option(help="Tokens of each sequence.")],
+    method: Annotated[
+        str | None, typer.Option(help="think or mustafar; four rows of both by default.")
+    ] = None,
+    key_ratio: Annotated[
+        float | None, typer.Option(help="Share of each key dropped, 0 to 1; 0.5 by default.")
+    ] = None,
+    value_ratio: Annotated[
+        float | None, typer.Option(help="Share of each value dropped, 0 to 1; 0 by default.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Of weights and cache.")] = "bfloat16",
+    block_size: Annotated[
+        int, typer.Option(help="Tokens of a page: 16 on GPUs, 128 on CPUs in vLLM.")
+    ] = 16,
+    recent: Annotated[int, typer.Option(help="Newest tokens that stay whole.")] = 64,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="As a JSON object; without --method a list of them.")
+    ] = False,
+) -> None:
+    """See whether pruning the KV cache pays: what fits, and how much less a step reads."""
+    from rag_prune.kv.config import KVPruneConfig
+    from rag_prune.kv.plan import plan, report
+
+    given: dict[str, Any] = {"key_ratio": key_ratio, "value_ratio": value_ratio}
+    given = {name: ratio for name, ratio in given.items() if ratio is not None}
+    if method is None and given:
+        option = next(iter(given)).replace("_", "-")
+        raise InputError(f"--{option} needs --method: name think or mustafar.")
+    rows = [
+        ("think", 0.5, 0.0),
+        ("think", 0.5, 0.5),
+        ("mustafar", 0.5, 0.5),
+        ("mustafar", 0.7, 0.7),
+    ]
+    configs = [
+        KVPruneConfig(method=name, key_ratio=keys, value_ratio=values, recent=recent)
+        for name, keys, values in rows
+    ]
+    if method is not None:
+        configs = [KVPruneConfig(method=method, recent=recent, **given)]
+    size: dict[str, Any] = {"memory": gpu_memory, "context": context, "block_size": block_size}
+    plans = [plan(model, config, dtype=dtype, **size) for config in configs]
+    if as_json:
+        whole = [each.to_dict() for each in plans]
+        typer.echo(json.dumps(whole[0] if method else whole, indent=2))
+    else:
+        typer.echo(report(plans))
 
 
 @app.command()

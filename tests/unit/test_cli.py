@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -111,7 +113,7 @@ def test_help_answers_at_once_and_loads_no_model_library() -> None:
     assert float(seconds) < 1  # of the processor, as other work may keep a clock waiting
 
 
-@pytest.mark.parametrize("arguments", [(), ("rag",)])
+@pytest.mark.parametrize("arguments", [(), ("rag",), ("kv",)])
 def test_a_command_alone_shows_its_help(run: Run, arguments: tuple[str, ...]) -> None:
     ran = run(*arguments)
     assert "Usage: prunekit" in ran.out
@@ -531,3 +533,58 @@ def test_training_by_command(run: Run, tmp_path: Path) -> None:
     recipe.write_text("stps: 9\n")
     assert "Did you mean 'steps'?" in failed(run(*command))
     assert "Did you mean 'late'?" in run(*command[:-2], "--method", "lat").err
+
+
+# ------------------------------------------------------------------------------------ kv plan
+
+KV_PAGE = (ROOT / "docs" / "kv-cache.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def llama(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The example of docs/kv-cache.md, in the working folder."""
+    [config] = re.findall(r"^```json\n(.*?)^```$", KV_PAGE, re.MULTILINE | re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    Path("llama-8b").mkdir()
+    Path("llama-8b/config.json").write_text(config)
+    return Path("llama-8b")
+
+
+def test_the_page_shows_what_its_commands_print(run: Run, llama: Path) -> None:
+    blocks = re.findall(r"^```console\n\$ prunekit (.*)\n((?:.*\n)*?)```$", KV_PAGE, re.MULTILINE)
+    assert len(blocks) == 2
+    for command, printed in blocks:
+        assert run(*shlex.split(command)) == Ran(0, printed, "")
+
+
+def test_a_plan_as_json_is_an_object_and_without_a_method_a_list(run: Run, llama: Path) -> None:
+    size = ("kv", "plan", "--model", llama, "--gpu-memory", "80GB", "--context", "8192", "--json")
+    rows = json.loads(run(*size).out)
+    assert [
+        tuple(row["config"][name] for name in ("method", "key_ratio", "value_ratio"))
+        for row in rows
+    ] == [("think", 0.5, 0), ("think", 0.5, 0.5), ("mustafar", 0.5, 0.5), ("mustafar", 0.7, 0.7)]
+    assert json.loads(run(*size, "--method", "think").out) == rows[0]
+    options = ("--method", "mustafar", "--key-ratio", "0.7", "--value-ratio", "0.7")
+    assert json.loads(run(*size, *options).out) == rows[3]
+    other = ("--recent", "32", "--block-size", "128", "--dtype", "float32")
+    got = json.loads(run(*size, *options, *other).out)
+    assert got["config"]["recent"] == 32
+    assert (got["block_size"], got["weights_bytes"]) == (128, 2 * rows[3]["weights_bytes"])
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--gpu-memory", "lots"), "must be a number above 0 with a unit, got 'lots'"),
+        (("--gpu-memory", "8GiB"), "8.00 GiB of memory are too small for the weights"),
+        (("--key-ratio", "0.4"), "--key-ratio needs --method: name think or mustafar."),
+        (("--method", "thin"), "Did you mean 'think'?"),
+        (("--dtype", "fp8"), "A cache in fp8 cannot be pruned"),
+        (("--block-size", "8"), "The block size must be a multiple of 16"),
+        (("--context", "0"), "context must be a whole number of tokens above 0"),
+    ],
+)
+def test_a_plan_that_cannot_be(run: Run, llama: Path, options: tuple[str, str], says: str) -> None:
+    size = ("--model", llama, "--gpu-memory", "80GB", "--context", "8192")
+    assert says in failed(run("kv", "plan", *size, *options))
