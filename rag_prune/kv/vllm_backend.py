@@ -1,21 +1,21 @@
 """vLLM serves with a pruned cache: an attention backend, and a ring of blocks for each sequence.
 
 The backend tells vLLM that a token costs less, so the same memory holds more blocks, and keeps in
-each block what `pages` lays out. The ring that `pages` needs beside them is a second cache of vLLM's
-own kind: its blocks come from the same pool, are claimed with the first token of a request, and go
-with it when it ends or is preempted. All state lies in blocks, so that requests may be scheduled,
-chunked, preempted and recomputed in any way.
+each block what `pages` lays out. The ring that `pages` needs beside them is a second cache of the
+kind vLLM has for such: its blocks come from the same pool, are claimed with the first token of a
+request, and go with it when it ends or is preempted. All state lies in blocks, so requests may be
+scheduled, chunked, preempted and computed again in any way.
 
 Everything that leans on vLLM's insides is here and in `vllm_plugin`, which brings vLLM here.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import numpy as np
@@ -42,7 +42,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, CircularBufferSpec, KVCach
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from prune_core.errors import InputError
-from rag_prune.kv import channels, pages
+from rag_prune.kv import channels, kernels, pages
 from rag_prune.kv.config import KVPruneConfig
 from rag_prune.kv.masks import load_masks, model_fingerprint
 from rag_prune.kv.prefill import prefill
@@ -151,9 +151,7 @@ def check(vllm_config: VllmConfig) -> None:
 def _page_spec(
     config: KVPruneConfig, head_size: int, block_size: int, dtype: torch.dtype
 ) -> PageSpec:
-    return PageSpec.of(
-        config, head_size=head_size, block_size=block_size, itemsize=dtype.itemsize
-    )
+    return PageSpec.of(config, head_size=head_size, block_size=block_size, itemsize=dtype.itemsize)
 
 
 def _token_bytes(spec: PageSpec) -> int:
@@ -388,7 +386,7 @@ def _rows(common: CommonAttentionMetadata) -> tuple[list[int], list[int], list[i
     starts = common.query_start_loc_cpu.tolist()
     bounds = common.seq_lens_cpu_upper_bound
     assert bounds is not None
-    counts = [end - start for start, end in zip(starts, starts[1:], strict=False)]
+    counts = [end - start for start, end in pairwise(starts)]
     while counts and not counts[-1]:
         counts.pop()
     totals = bounds[: len(counts)].tolist()
@@ -499,15 +497,14 @@ class PrunedAttention(AttentionImpl):  # type: ignore[misc]
                 self._choose(batch, query, key)
         # Writing takes slots of tokens that the chunk's first queries still read whole.
         before = [self._ring_of(chunk, rings) for chunk in batch.chunks]
-        decode, write = _kernels(kv_cache.device.type)
         of_tokens = None if rings is None else rings.of_tokens
-        write(store, batch.blocks, batch.positions, batch.totals, of_tokens, key, value)
+        self.ops.write(store, batch.blocks, batch.positions, batch.totals, of_tokens, key, value)
         for chunk, ring in zip(batch.chunks, before, strict=True):
             at = chunk.tokens
             output[at] = self._prefill(chunk, ring, query[at], key[at], value[at])
         if rows := batch.decodes:
             table = None if rings is None else rings.table[:rows]
-            output[:rows] = decode(
+            output[:rows] = self.ops.decode(
                 store, query[:rows], batch.table[:rows], batch.lengths[:rows], table, self.scale
             )
         return output
@@ -519,6 +516,7 @@ class PrunedAttention(AttentionImpl):  # type: ignore[misc]
         self.store = pages.Storage(spec, kv_cache.dtype, _as_bytes(kv_cache), ring)
         if self.channels is not None:
             self.channels = self.channels.to(kv_cache.device)
+        self.ops = kernels.choose(kv_cache.device)
         self.cache = kv_cache
 
     # -------------------------------------------------------------------------- ThinK's channels
@@ -601,16 +599,6 @@ def _as_bytes(cache: Tensor) -> Tensor:
     """[blocks, H, N, C] of any type to uint8 [blocks, H, bytes]; a view."""
     cache = cache.view(torch.uint8)
     return cache.view(*cache.shape[:2], -1)
-
-
-@lru_cache
-def _kernels(device: str) -> tuple[Callable[..., Tensor], Callable[..., None]]:
-    """`decode` and `write` for tensors on `device`; those of `pages` where there is no kernel."""
-    name = f"rag_prune.kv.kernels.{'gpu' if device == 'cuda' else 'cpu'}"
-    if importlib.util.find_spec(name) is None:
-        return pages.decode, pages.write
-    module = importlib.import_module(name)
-    return module.decode, getattr(module, "write", pages.write)
 
 
 # ------------------------------------------------------------------------------ what vLLM asks for

@@ -1,6 +1,6 @@
 """vLLM's way to the pruned cache: the entry point `vllm.general_plugins`.
 
-    vllm serve MODEL --additional-config '{"prunekit_kv": {"method": "think", "masks": "m.safetensors"}}'
+    vllm serve MODEL --additional-config '{"prunekit_kv": {"masks": "masks.safetensors"}}'
 
 vLLM calls `register` in each of its processes before any configuration is known, so nothing is
 decided here: an engine whose configuration has no "prunekit_kv" gets vLLM's own backend.
@@ -59,7 +59,7 @@ def _hook() -> None:
 
 
 def __getattr__(name: str) -> Any:
-    """`CPUBackend`, when vLLM builds a layer: ours or its own, as the engine's configuration says."""
+    """`CPUBackend`, when vLLM builds a layer: ours or its own, as its configuration says."""
     if name != "CPUBackend":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from vllm.config import get_current_vllm_config_or_none
