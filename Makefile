@@ -41,7 +41,7 @@ test-slow: .venv/.ready ## the tests that load real models
 
 test-vllm: .venv-vllm/.ready ## the tests that start vLLM's server, on the CPU
 	.venv-vllm/bin/python -m pytest tests/serve tests/unit/test_vllm_middleware.py \
-		tests/unit/test_kv_vllm_config.py -m "slow or not slow" -rs
+		tests/unit/test_kv_vllm_config.py tests/unit/test_kv_vllm_attention.py -m "slow or not slow" -rs
 
 lint: .venv/.ready ## style, import rules, types
 	$(BIN)/ruff check .
