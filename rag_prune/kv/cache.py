@@ -173,7 +173,7 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     ) -> Tensor:
         self._grow(1)
         if self.store.spec.thin_keys and self.length % BLOCK == 0:
-            pages.set_ids(self.store, self._blocks(-1), self._before())
+            pages.set_ids(self.store, self._blocks(self.length // BLOCK), self._before())
         self._append(keys, values, valid)
         rows = torch.full((self.batch,), self.length, dtype=torch.int32, device=self.device)
         out = self.kernels.decode(

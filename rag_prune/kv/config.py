@@ -29,8 +29,7 @@ class KVPruneConfig:
         tokens the queries up to its end.
     masks: path of the file of static masks.
 
-    Raises InputError for a value outside these, a ratio that keeps nothing, or a policy "static"
-    of ThinK without masks.
+    Raises InputError for a value outside these, or a policy "static" of ThinK without masks.
     """
 
     method: str = "think"
@@ -90,16 +89,9 @@ class KVPruneConfig:
     def kept(self, head_size: int) -> tuple[int, int]:
         """How many of the `head_size` entries of each key and each value stay.
 
-        That is head_size − int(head_size · ratio), as in ThinK's published code. Raises InputError
-        if it is none.
+        That is head_size − int(head_size · ratio), as in ThinK's published code, and never none.
         """
-        kept = []
-        for name in ("key_ratio", "value_ratio"):
-            ratio = getattr(self, name) if self.method != "none" else 0
-            count = head_size - int(head_size * ratio)
-            if count < 1 or head_size < 1:
-                raise InputError(
-                    f"{name}={ratio} keeps none of {head_size} entries: choose a smaller one."
-                )
-            kept.append(count)
-        return kept[0], kept[1]
+        if self.method == "none":
+            return head_size, head_size
+        keys = head_size - int(head_size * self.key_ratio)
+        return keys, head_size - int(head_size * self.value_ratio)

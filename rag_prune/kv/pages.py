@@ -80,7 +80,7 @@ def write(
     if store.ring is not None and rings is not None:
         stays = (positions < spec.sinks) | (positions >= lengths - spec.window_slots)
         rest = [
-            x.gather(-1, others(kept, spec.head_size))[stays]
+            x[stays].gather(-1, others(kept[stays], spec.head_size))
             for x, kept in ((keys, kept_keys), (values, kept_values))
             if kept is not None
         ]
@@ -217,7 +217,8 @@ def decode(
     """Attention of the newest token of each sequence, which is already stored. [R, heads, D].
 
     queries: [R, heads, D]; heads is a multiple of H, neighbours share a KV head.
-    table: int [R, pages].   lengths: int [R], tokens of each sequence, at least 1.
+    table: int [R, pages], anything after a sequence's last page.
+    lengths: int [R], tokens of each sequence, at least 1.
     rings: int [R, n].   valid: bool [R, tokens], False for the padding.
 
     Tokens from spec.cut(length − 1) on, and the sinks, are read whole as far as the ring has their
@@ -244,7 +245,8 @@ def _decode_one(
     q = torch.unflatten(query.float(), 0, (store.pages.shape[1], -1)) * scale  # [H, group, D]
     total = q.new_full((*q.shape[:2], 1), -math.inf)  # log of the sum of exponentials so far
     out = torch.zeros_like(q)
-    for first in range(0, -(-length // spec.block_size), _AT_ONCE):
+    table = table[: -(-length // spec.block_size)]  # what follows may be no page of the sequence's
+    for first in range(0, len(table), _AT_ONCE):
         blocks = table[first : first + _AT_ONCE]
         start = first * spec.block_size
         keys, values = read(store, blocks)

@@ -33,7 +33,7 @@ def prefill(
     near_keys, near_values: [B, H, N, D], the last N of the S tokens, whole.
     whole_from: int64 [T], ascending, the first token that each query reads whole; all are at most
         F and at least S − N.
-    total: S.   valid: bool [B, S], False for the padding; a query of the padding gets zeros.
+    total: S.   valid: bool [B, S], False for the padding; a query that sees no token gets zeros.
     """
     count, first = queries.shape[2], total - queries.shape[2]
     positions = torch.arange(total, device=queries.device)

@@ -17,20 +17,24 @@ def channel_scores(queries: Tensor, keys: Tensor, valid: Tensor | None = None) -
 
     queries: [..., heads, window, head_size], the newest ones, after RoPE.
     keys: [..., kv_heads, tokens, head_size], after RoPE.   heads is a multiple of kv_heads.
-    valid: [..., tokens] bool, False for the padding, whose keys say nothing.
+    valid: bool [..., n], of the n tokens up to the last key, which is the last query's too, n no
+        less than window and tokens; False for the padding, whose queries and keys say nothing.
 
     The mean of squares, as in the published code: the square of the norms above over two counts,
     so the order is the same.
     """
-    heads, kv_heads = queries.shape[-3], keys.shape[-3]
-    grouped = torch.unflatten(queries.float().square().mean(-2), -2, (kv_heads, heads // kv_heads))
-    squares = keys.float().square()
+    of_heads, norms = _mean_squares(queries, valid), _mean_squares(keys, valid)
+    groups = norms.shape[-2], of_heads.shape[-2] // norms.shape[-2]
+    return torch.unflatten(of_heads, -2, groups).mean(-2) * norms
+
+
+def _mean_squares(x: Tensor, valid: Tensor | None) -> Tensor:
+    """[..., heads, head_size], over the tokens of x, [..., heads, tokens, head_size]."""
+    squares = x.float().square()
     if valid is None:
-        norms = squares.mean(-2)
-    else:
-        weight = valid.to(squares.dtype)[..., None, :, None]
-        norms = (squares * weight).sum(-2) / weight.sum(-2).clamp(min=1)
-    return grouped.mean(-2) * norms
+        return squares.mean(-2)
+    seen = valid[..., None, -x.shape[-2] :, None]
+    return squares.masked_fill(~seen, 0).sum(-2) / seen.sum(-2).clamp(min=1)
 
 
 def best_channels(scores: Tensor, kept: int) -> Tensor:

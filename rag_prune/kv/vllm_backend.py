@@ -310,7 +310,9 @@ class Builder(AttentionMetadataBuilder):  # type: ignore[misc]
         ]
         counts = [total - past for past, total in zip(pasts, totals, strict=True)]
         rows = np.repeat(np.arange(len(totals)), counts)
-        positions = np.concatenate([np.arange(p, t) for p, t in zip(pasts, totals, strict=True)])
+        positions = np.concatenate(
+            [np.arange(p, t, dtype=np.int32) for p, t in zip(pasts, totals, strict=True)]
+        )
         begun_rows = [row for row in range(decodes) if pasts[row] % size == 0]
         begun_at = [pasts[row] // size for row in begun_rows]
         new, before = (

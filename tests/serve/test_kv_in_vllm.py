@@ -164,7 +164,7 @@ def assert_expected(model, prompts, answers, prune, ties=0):
 
     ties: of so many sequences two entries may be so close that rounding decides which is kept.
     """
-    dense = apart = total = 0
+    apart = changed = 0
     for prompt, (tokens, logprobs) in zip(prompts, answers, strict=True):
         logits = expected(model, prompt, tokens, prune)
         chosen = torch.tensor(tokens)[:, None]
@@ -174,9 +174,8 @@ def assert_expected(model, prompts, answers, prune, ties=0):
         assert furthest < (1e-3 if apart == ties else 0.2)
         apart += bool(furthest > 1e-3)
         whole = expected(model, prompt, tokens, lambda layer, key, value: (key, value))
-        dense += int((whole.argmax(-1) != chosen[:, 0]).sum())
-        total += len(tokens)
-    assert dense > total / 20  # what was pruned matters
+        changed += int((whole.argmax(-1) != chosen[:, 0]).sum())
+    assert changed > len(prompts)  # what was pruned matters
 
 
 # ------------------------------------------------------------------------------ tests

@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
-from types import ModuleType
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
+from rag_prune.kv import pages
 
 
-def choose(device: torch.device) -> ModuleType:
-    """The module whose `write` and `decode` are the fastest on a device; all are like `pages`."""
-    from rag_prune.kv import pages
+@dataclass(frozen=True)
+class Kernels:
+    """Stand-ins for `pages.write` and `pages.decode`: the same arguments, the same results."""
 
-    return pages
+    write: Callable[..., None]
+    decode: Callable[..., Tensor]
+
+
+def choose(device: torch.device) -> Kernels:
+    """The fastest that there are for a device."""
+    if device.type == "cpu":
+        from rag_prune.kv.kernels import cpu
+
+        return Kernels(cpu.write, cpu.decode)
+    if device.type == "cuda":
+        from rag_prune.kv.kernels import gpu
+
+        return Kernels(pages.write, gpu.decode)
+    return Kernels(pages.write, pages.decode)
