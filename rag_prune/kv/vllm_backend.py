@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from itertools import pairwise
 from typing import Any, ClassVar
 
@@ -123,10 +122,7 @@ def check(vllm_config: VllmConfig) -> None:
     }
     for what, there in refused.items():
         if there:
-            raise InputError(
-                f"{KEY} cannot serve {what} yet: leave that out, or leave {KEY!r} out of "
-                f"--additional-config."
-            )
+            raise InputError(f"{KEY} does not go with {what} yet: do without one of them.")
     spec = _page_spec(asked.config, model.get_head_size(), cache.block_size, model.dtype)
     if spec.prunes and vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
         raise InputError(
@@ -162,10 +158,7 @@ def _token_bytes(spec: PageSpec) -> int:
 def _static_scores(vllm_config: VllmConfig, config: KVPruneConfig) -> Tensor:
     """[layers, kv_heads, head_size]."""
     assert config.masks is not None
-    return _load(str(config.masks), model_fingerprint(vllm_config.model_config.hf_text_config))
-
-
-_load = lru_cache(maxsize=1)(load_masks)  # each layer asks
+    return load_masks(config.masks, model_fingerprint(vllm_config.model_config.hf_text_config))
 
 
 # ------------------------------------------------------------------------------ the ring's blocks
@@ -295,9 +288,13 @@ class Builder(AttentionMetadataBuilder):  # type: ignore[misc]
         )
 
     def build(
-        self, common_prefix_len: int, common: CommonAttentionMetadata, fast_build: bool = False
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
     ) -> Batch:
-        size, table = self.spec.block_size, common.block_table_tensor
+        common, size = common_attn_metadata, self.spec.block_size
+        table = common.block_table_tensor
         starts, pasts, totals = _rows(common)
         decodes = 0
         for past, total in zip(pasts, totals, strict=True):
@@ -364,14 +361,16 @@ class Builder(AttentionMetadataBuilder):  # type: ignore[misc]
 class RingBuilder(AttentionMetadataBuilder):  # type: ignore[misc]
     """Only the table is of interest."""
 
-    def __init__(
-        self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: Any
-    ) -> None:
-        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)  # abstract there
 
     def build(
-        self, common_prefix_len: int, common: CommonAttentionMetadata, fast_build: bool = False
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
     ) -> Rings:
+        common = common_attn_metadata
         _, pasts, totals = _rows(common)
         counts = [total - past for past, total in zip(pasts, totals, strict=True)]
         rows = torch.from_numpy(np.repeat(np.arange(len(totals)), counts))
