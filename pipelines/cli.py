@@ -40,7 +40,9 @@ context_app = typer.Typer(
 app.add_typer(context_app, name="context")
 rag_app = typer.Typer(help="Retrieve, prune, answer.", no_args_is_help=True)
 app.add_typer(rag_app, name="rag")
-kv_app = typer.Typer(help="Prune the KV cache: see whether it pays.", no_args_is_help=True)
+kv_app = typer.Typer(
+    help="Prune the KV cache: see whether it pays, calibrate.", no_args_is_help=True
+)
 app.add_typer(kv_app, name="kv")
 
 Model = Annotated[
@@ -369,6 +371,35 @@ def kv_plan(
         typer.echo(json.dumps(whole[0] if method else whole, indent=2))
     else:
         typer.echo(report(plans))
+
+
+@kv_app.command("calibrate")
+def kv_calibrate(
+    model: Annotated[str, typer.Argument(help="A causal language model: a folder or a hub name.")],
+    texts: Annotated[
+        list[Path], typer.Argument(help="Text files, UTF-8, like what will be served.")
+    ],
+    out: Annotated[Path, typer.Option(help="The file to write.")] = Path("masks.safetensors"),
+    tokens: Annotated[int, typer.Option(help="Texts are cut into pieces of so many.")] = 1024,
+    obs_window: Annotated[int, typer.Option(help="Newest queries of a piece that score.")] = 32,
+) -> None:
+    """Find the key channels that ThinK keeps under the policy `static`, for any key ratio."""
+    contents = [_text(path) for path in texts]
+    from pipelines.language_model import LocalModel
+    from rag_prune.kv.masks import calibrate_masks
+
+    reader = LocalModel.from_pretrained(model)
+    calibrate_masks(
+        reader.model, reader.tokenizer, contents, out, tokens=tokens, obs_window=obs_window
+    )
+    typer.echo(f"Wrote {out}.")
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"Cannot read '{path}': {error}. Give a text file in UTF-8.") from error
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""What one request sheds: sentences that do not help to answer, heads that contradict them."""
+"""What one request sheds: sentences that do not help to answer, heads, entries of its KV cache."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -137,6 +137,26 @@ METHODS = Registry(
             arxiv="2402.18154",
             needs="a causal language model like Llama, Mistral or Qwen; a few dozen conflicts",
             cost="two forward passes a conflict, once; nothing a request",
+        ),
+        Method(
+            "think",
+            "rag_prune.kv.cache:ThinKCache",
+            family="cache",
+            paper="ThinK: thinner key cache by query-driven pruning",
+            year=2024,
+            arxiv="2407.21018",
+            needs="a causal language model with full attention",
+            cost="two column norms a prompt; none with calibrated masks",
+        ),
+        Method(
+            "mustafar",
+            "rag_prune.kv.cache:MustafarCache",
+            family="cache",
+            paper="Mustafar: promoting unstructured sparsity for KV cache pruning",
+            year=2025,
+            arxiv="2505.22913",
+            needs="a causal language model with full attention",
+            cost="a top-k of each key and value, once",
         ),
     ],
 )

@@ -6,9 +6,10 @@
 Sequences of random tokens, one query each. Every path reads the same number of tokens through as
 many threads: our kernel with nothing dropped (`dense`), ThinK's channels and Mustafar's entries at
 some ratios, torch's attention over contiguous float32, and vLLM's own kernel on the CPU where vllm
-can be imported. A path goes through several layers in turn, so that together they do not fit into
+can be imported. A path goes through several layers in turn, which together are at least four times
 the cache. Rounds go through all paths in turn, and ratios are taken within a round, so that a noisy
-machine wrongs none. Writes results/attention-*.json.
+machine wrongs none; one thread is timed by the processor's clock, which others' work does not turn.
+Writes results/attention-*.json.
 """
 
 import argparse
@@ -47,13 +48,22 @@ PRUNED: dict[str, dict[str, Any]] = {
 Path_ = Callable[[int], Tensor]  # the attention of one layer
 
 
+def cache_bytes() -> int:
+    """The last level that the first core sees, as Linux says; 0 where it does not."""
+    try:
+        found = sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"))
+        return int(found[-1].read_text().strip().removesuffix("K")) * 1024
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
 class Step:
     """What all paths are given: queries [batch, heads, D], and keys and values of every token."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.dtype = getattr(torch, args.dtype)
         self.batch, self.tokens, self.block = args.batch, args.tokens, args.block_size
-        self.size, self.kv_heads, self.layers = args.head_size, args.kv_heads, args.layers
+        self.size, self.kv_heads = args.head_size, args.kv_heads
         self.scale = self.size**-0.5
         self.queries = torch.randn(self.batch, args.heads, self.size).to(self.dtype)
         shape = (self.batch, self.tokens, self.kv_heads, self.size)
@@ -61,6 +71,8 @@ class Step:
             torch.randn(shape).to(self.dtype),
             torch.randn(shape).to(self.dtype),
         )
+        of_a_layer = 2 * self.keys.numel() * self.dtype.itemsize
+        self.layers = max(2, -(-4 * cache_bytes() // of_a_layer))
         self.lengths = torch.full((self.batch,), self.tokens, dtype=torch.int32)
         per_row = -(-self.tokens // self.block)
         # As a server hands pages out: not in order.
@@ -187,25 +199,17 @@ def vllm(step: Step) -> Path_:
 
 
 def timed(path: Path_, layers: int) -> float:
-    started = time.perf_counter()
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    started = clock()
     for layer in range(layers):
         path(layer)
-    return (time.perf_counter() - started) / layers
+    return (clock() - started) / layers
 
 
 def spread(values: np.ndarray) -> dict[str, float]:
     """The median, and the quartiles beside it."""
     low, middle, high = np.percentile(values, (25, 50, 75))
     return {"median": round(middle, 3), "p25": round(low, 3), "p75": round(high, 3)}
-
-
-def cache_bytes() -> int | None:
-    """The last level of the first core; None where Linux does not say."""
-    try:
-        found = sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"))
-        return int(found[-1].read_text().strip().removesuffix("K")) * 1024
-    except (OSError, ValueError, IndexError):
-        return None
 
 
 def main() -> None:
@@ -217,11 +221,12 @@ def main() -> None:
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--head-size", type=int, default=128)
     parser.add_argument("--block-size", type=int, default=128, help="vLLM's on the CPU")
-    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--build", choices=cpu.available(), default=cpu.available()[0])
     parser.add_argument("--out", type=Path, default=HERE)
     args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     step = Step(args)
     library = cpu.load(step.dtype, args.build)
@@ -246,7 +251,7 @@ def main() -> None:
     before = os.getloadavg()[0]
     for _ in range(args.rounds):
         for name, path in paths.items():
-            seconds[name].append(timed(path, args.layers))
+            seconds[name].append(timed(path, step.layers))
 
     def ratios(base: str) -> dict[str, Any]:
         slow = np.array(seconds[base])
@@ -256,21 +261,21 @@ def main() -> None:
         "attention": {
             name: value for name, value in vars(args).items() if name not in ("out", "rounds")
         },
-        "threads": torch.get_num_threads(),
+        "layers": step.layers,
         "milliseconds_of_a_layer": {
             name: {"median": round(float(np.median(s)) * 1e3, 3), "min": round(min(s) * 1e3, 3)}
             for name, s in seconds.items()
         },
         "times_as_fast_as": {base: ratios(base) for base in BASE if base in paths},
         "bytes_over_dense": {name: round(n / sizes["dense"], 3) for name, n in sizes.items()},
-        "dense_bytes_of_all_layers": sizes["dense"] * args.layers,
+        "dense_bytes_of_all_layers": sizes["dense"] * step.layers,
         "last_level_cache_bytes": cache_bytes(),
         "furthest_from_sdpa": apart,
         "rounds": args.rounds,
         "load_average": {"before": before, "after": os.getloadavg()[0]},
         "provenance": provenance(seed=0),
     }
-    name = f"{args.dtype}-{args.heads}-{args.kv_heads}-{args.head_size}-{args.build}"
+    name = f"{args.dtype}-{args.heads}-{args.kv_heads}-{args.head_size}-{args.build}-{args.threads}"
     args.out.mkdir(parents=True, exist_ok=True)
     write_json(args.out / f"attention-{name}.json", report)
     for path_name, of in report["milliseconds_of_a_layer"].items():

@@ -84,10 +84,11 @@ class ContextPruner:
 
         if precision not in ("float32", "fast"):
             raise InputError(f"precision must be 'float32' or 'fast', got {precision!r}.")
-        if method is not None and METHODS.row(method).family == "heads":
+        elsewhere = {"heads": "heads", "cache": "KV cache"}
+        if method is not None and METHODS.row(method).family in elsewhere:
             raise InputError(
-                f"'{method}' prunes a language model's heads, not a context: see "
-                f"{METHODS.row(method).module}."
+                f"'{method}' prunes a language model's {elsewhere[METHODS.row(method).family]}, "
+                f"not a context: see {METHODS.row(method).module}."
             )
         if method is not None and METHODS.row(method).family == "baseline":
             model = {} if name_or_folder is None else {"model": str(name_or_folder)}

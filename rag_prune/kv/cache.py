@@ -16,17 +16,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache, CacheLayerMixin
-from transformers.masking_utils import causal_mask_function
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from prune_core.errors import InputError
-from rag_prune.kv import channels, kernels, pages
+from rag_prune.kv import kernels, pages
+from rag_prune.kv.chunk import Chunk, attend, choose
 from rag_prune.kv.config import KVPruneConfig
 from rag_prune.kv.masks import load_masks, model_fingerprint
-from rag_prune.kv.prefill import prefill
 from rag_prune.kv.snapkv import SnapKV
-from rag_prune.kv.spec import STEP, PageSpec
+from rag_prune.kv.spec import PageSpec
 from rag_prune.kv.think import best_channels
 
 IMPLEMENTATION = "prunekit_kv"
@@ -35,7 +37,7 @@ SLACK = 16  # tokens that `crop` can always take back, as assisted generation do
 
 
 class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
-    """The pages and rings of one layer; sequences of a batch share one length.
+    """The pages and rings of one layer; the padding of a batch is not stored.
 
     Page j of row b is block j · B + b, so that growing appends.
     """
@@ -50,15 +52,16 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.config, self.head_size, self.eviction = config, head_size, eviction
         self.static = kept
-        self.seen = 0  # tokens that came in
-        self.length = 0  # tokens that are stored: fewer, if some were evicted
-        self.evicted = False
-        self.valid: Tensor | None = None  # of the stored tokens; None if there is no padding
+        self.seen = 0  # tokens that came in, padding and evicted ones included
+        self.lengths: list[int] = []  # stored tokens of each row
+        self.written: list[int] = []  # the most that ever were: later ones took slots of the ring
+        self.prompt: list[int] = []  # tokens that eviction left of each row's prompt
 
     # -------------------------------------------------------------------- what transformers asks
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
         self.batch, self.heads = key_states.shape[:2]
+        self.lengths, self.written, self.prompt = ([0] * self.batch for _ in range(3))
         spec = PageSpec.of(
             self.config,
             head_size=self.head_size,
@@ -99,7 +102,7 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         raise InputError("A pruned KV cache cannot be offloaded: it stays on the model's device.")
 
     def crop(self, max_length: int) -> None:
-        """Take back the newest tokens; negative: that many of them.
+        """Take back the newest tokens; negative: that many of them. None of them may be padding.
 
         Raises InputError beyond what the ring still has whole, or into an evicted prompt.
         """
@@ -107,207 +110,132 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         back = self.seen - length
         if back <= 0:
             return
-        if not self.is_initialized or length < 0:
+        left = [stored - back for stored in self.lengths]
+        if length < 0 or min(left, default=0) < 0:
             raise InputError(f"A cache of {self.seen} tokens cannot be cropped to {length}.")
-        spec, stored = self.store.spec, self.length - back
-        if self.evicted and stored < self.prompt:
+        spec = self.store.spec
+        if any(n < m for n, m in zip(left, self.prompt, strict=True)):
             raise InputError(
                 f"The cache cannot be cropped to {length} tokens: the prompt's were evicted. "
                 f"Crop only what was generated, or start a new cache."
             )
-        if spec.prunes and self.length - spec.cut(stored) > spec.window_slots and spec.cut(stored):
-            raise InputError(
-                f"The cache can be cropped by at most {SLACK} tokens, got {back}: of older ones "
-                f"the dropped entries are gone. Start a new cache for a prompt that is edited."
-            )
-        self.seen, self.length = length, stored
-        if self.valid is not None:
-            self.valid = self.valid[:, :stored]
+        for stored, most in zip(left, self.written, strict=True):
+            first = max(spec.cut(stored), spec.sinks)  # the next token reads whole from here on
+            if spec.prunes and most - first > spec.window_slots:
+                raise InputError(
+                    f"The cache can be cropped by at most {SLACK} tokens, got {back}: the dropped "
+                    f"entries of older ones are gone. Start a new cache for an edited prompt."
+                )
+        self.seen, self.lengths = length, left
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._rows(lambda x: x.index_select(0, beam_idx.to(x.device)))
+        self._rows(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self._rows(lambda x: x.repeat_interleave(repeats, dim=0))
+        self._rows(torch.arange(len(self.lengths)).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self._rows(lambda x: x[indices])
+        self._rows(torch.arange(len(self.lengths))[indices.cpu()])
 
     def nbytes(self) -> int:
         """Bytes of all that is stored."""
         if not self.is_initialized:
             return 0
-        stored = (self.store.pages, self.store.ring, self.valid)
+        stored = (self.store.pages, self.store.ring)
         return sum(x.untyped_storage().nbytes() for x in stored if x is not None)
 
     # -------------------------------------------------------------------- storing and attending
     def attend(
-        self, queries: Tensor, keys: Tensor, values: Tensor, scale: float, valid: Tensor | None
+        self, queries: Tensor, keys: Tensor, values: Tensor, scale: float, real: Tensor | None
     ) -> Tensor:
-        """Store new tokens and attend to all, [B, heads, T, D]; all after RoPE.
+        """Store new tokens and attend to all, [B, heads, T, D]; queries of the padding get zeros.
 
-        queries: [B, heads, T, D].   keys, values: [B, H, T, D].
-        valid: bool [B, tokens seen before + T], False for the padding; None if there is none.
+        queries: [B, heads, T, D].   keys, values: [B, H, T, D].   All after RoPE.
+        real: bool [B, T], False for the padding; None if there is none.
         """
         new = keys.shape[2]
-        mask = self._valid(valid, new)
-        if new == 1 and self.length:
-            return self._decode(queries, keys, values, scale, mask)
-        return self._prefill(queries, keys, values, scale, mask)
-
-    def _valid(self, valid: Tensor | None, new: int) -> Tensor | None:
-        """Which of the stored and the new tokens are no padding, bool [B, length + new]."""
-        if valid is None and self.valid is None:
-            return None
-        before = self.valid
-        if before is None:
-            before = torch.ones(self.batch, self.length, dtype=torch.bool, device=self.device)
-        if valid is None:
-            now = torch.ones(self.batch, new, dtype=torch.bool, device=self.device)
+        if real is not None and bool(real.all()):
+            real = None
+        self._grow(new)
+        if new == 1 and real is None and min(self.lengths):
+            out = self._decode(queries, keys, values, scale)
         else:
-            now = valid[:, -new:]
-        return torch.cat([before, now], 1)
+            out = torch.zeros_like(queries)
+            for row in range(self.batch):
+                at = slice(None) if real is None else real[row].nonzero()[:, 0]
+                q, k, v = (x[row][:, at] for x in (queries, keys, values))
+                if k.shape[1]:
+                    out[row, :, at] = self._prefill(row, q, k, v, scale)
+        self.seen += new
+        return out
 
-    def _decode(
-        self, queries: Tensor, keys: Tensor, values: Tensor, scale: float, valid: Tensor | None
-    ) -> Tensor:
-        self._grow(1)
-        if self.store.spec.thin_keys and self.length % BLOCK == 0:
-            pages.set_ids(self.store, self._blocks(self.length // BLOCK), self._before())
-        self._append(keys, values, valid)
-        rows = torch.full((self.batch,), self.length, dtype=torch.int32, device=self.device)
+    def _decode(self, queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+        """One token in every row."""
+        rows = range(self.batch)
+        begins = [row for row in rows if self.lengths[row] % BLOCK == 0]
+        if self.store.spec.thin_keys and begins:
+            new, last = (
+                torch.stack([self.table[row, self.lengths[row] // BLOCK - back] for row in begins])
+                for back in (0, 1)
+            )
+            pages.set_ids(self.store, new, pages.ids(self.store, last))
+        positions = torch.tensor(self.lengths, device=self.device)
+        self._append(list(rows), positions, keys, values)
+        lengths = torch.tensor(self.lengths, dtype=torch.int32, device=self.device)
         out = self.kernels.decode(
-            self.store, queries[:, :, 0], self.table, rows, self.rings, scale, self.valid
+            self.store, queries[:, :, 0], self.table, lengths, self.rings, scale
         )
         return torch.unsqueeze(out, 2)
 
     def _prefill(
-        self, queries: Tensor, keys: Tensor, values: Tensor, scale: float, valid: Tensor | None
+        self, row: int, queries: Tensor, keys: Tensor, values: Tensor, scale: float
     ) -> Tensor:
-        spec, past, new = self.store.spec, self.length, keys.shape[2]
-        total = past + new
-        evicts = self.eviction is not None and past == 0
-        positions = torch.arange(past, total, device=self.device)
-        starts = (positions + 1 - spec.recent).clamp(min=0) // STEP * STEP
-        if not spec.prunes:
-            starts = starts.clamp(max=0)
-        elif evicts or (self.config.method == "think" and self.config.policy == "prompt"):
-            starts = starts.clamp(max=past)  # a call's own tokens are whole, as in the paper
-        near = min(int(starts[0]), past)
-        near_keys, near_values = self._whole(near, past)
-        near_keys, near_values = (
-            torch.cat([near_keys, keys], 2),
-            torch.cat([near_values, values], 2),
-        )
-        far, sinks = int(starts[-1]), min(spec.sinks, total)
-        if far:
-            sink_keys, sink_values = self._whole(0, min(sinks, past))
-        kept_keys, kept_values, kept_valid = keys, values, valid
-        if evicts:
-            kept_keys, kept_values, kept_valid = self._evict(queries, keys, values, scale, valid)
-        if spec.thin_keys:
-            self._choose(queries, kept_keys, kept_valid)
-        else:
-            self._grow(kept_keys.shape[2])
-        self._append(kept_keys, kept_values, kept_valid)
-        self.seen += new - kept_keys.shape[2]
-        far_keys, far_values = keys[:, :, :0], values[:, :, :0]
-        if far:
-            far_keys, far_values = self._read(-(-far // BLOCK))
-            own = max(0, sinks - past)  # sinks that came in this call
-            first = slice(0, sinks)
-            far_keys[:, :, first] = torch.cat([sink_keys, keys[:, :, :own]], 2)
-            far_values[:, :, first] = torch.cat([sink_values, values[:, :, :own]], 2)
-        return prefill(
-            queries, far_keys, far_values, near_keys, near_values, starts, scale, total, valid
-        )
+        """Tokens of one row: queries [heads, T, D], keys and values [H, T, D]."""
+        past, total = self.lengths[row], self.lengths[row] + keys.shape[1]
+        if self.eviction is not None and not past:
+            out = _whole_prompt(queries, keys, values, scale)
+            keys, values = self._evict(row, queries, keys, values, scale)
+            chunk = Chunk.of(self.store.spec, self.config, self.table[row], 0, keys.shape[1])
+            self._store(row, chunk, queries, keys, values)
+            return out
+        chunk = Chunk.of(self.store.spec, self.config, self.table[row], past, total)
+        ring = None if self.store.ring is None else self.store.ring[row : row + 1].clone()
+        self._store(row, chunk, queries, keys, values)
+        return attend(self.store, chunk, ring, queries, keys, values, scale)
+
+    def _store(self, row: int, chunk: Chunk, queries: Tensor, keys: Tensor, values: Tensor) -> None:
+        if self.store.spec.thin_keys:
+            choose(self.store, self.config, chunk, queries, keys, self.static)
+        positions = torch.arange(chunk.past, chunk.total, device=self.device)
+        self._append([row], positions, keys[None], values[None])
 
     def _evict(
-        self, queries: Tensor, keys: Tensor, values: Tensor, scale: float, valid: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        self, row: int, queries: Tensor, keys: Tensor, values: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor]:
         assert self.eviction is not None
-        stay = self.eviction.select(queries, keys, scale, valid)
-        self.prompt = keys.shape[2] if stay is None else stay.shape[2]
+        stay = self.eviction.select(queries[None], keys[None], scale)
         if stay is None:
-            return keys, values, valid
-        self.evicted = True
-        at = stay[..., None].expand(-1, -1, -1, self.head_size)
-        if valid is not None:  # the padding is on the left and goes first: alike in all heads
-            valid = valid.gather(1, stay[:, 0])
-        return keys.gather(2, at), values.gather(2, at), valid
+            return keys, values
+        self.prompt[row] = stay.shape[2]
+        at = stay[0, ..., None].expand(-1, -1, self.head_size)
+        return keys.gather(1, at), values.gather(1, at)
 
-    def _choose(self, queries: Tensor, keys: Tensor, valid: Tensor | None) -> None:
-        """Name the channels of the pages that begin with these tokens, and make the pages."""
-        spec, config = self.store.spec, self.config
-        past, new = self.length, keys.shape[2]
-        first, last = -(-past // BLOCK), -(-(past + new) // BLOCK)
-        before = self._before() if past else None
-        self._grow(new)
-        if first == last:
-            return
-        now = None if valid is None else valid[:, past:]
-        count = last - first
-        if config.policy == "static":
-            assert self.static is not None
-            chosen = self.static.expand(count, self.batch, -1, -1)
-        elif config.policy == "causal":
-            ends = [min((page + 1) * BLOCK, past + new) - past for page in range(first, last)]
-            chosen = channels.causal(
-                queries, keys, spec.kept_keys, config.obs_window, ends, before, now
-            )
-        else:
-            if before is None or new >= config.obs_window:
-                before = channels.by_prompt(queries, keys, spec.kept_keys, config.obs_window, now)
-            chosen = before.expand(count, -1, -1, -1)
-        blocks = self.table[:, first:last].T.flatten()
-        pages.set_ids(self.store, blocks, chosen.flatten(0, 1))
-
-    def _before(self) -> Tensor:
-        """The channels of the page that holds the newest token, [B, H, kept]."""
-        return pages.ids(self.store, self._blocks((self.length - 1) // BLOCK))
-
-    def _append(self, keys: Tensor, values: Tensor, valid: Tensor | None) -> None:
+    def _append(self, rows: list[int], positions: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Write the tokens [rows, H, T, D] at `positions`, [rows · T], of their rows."""
         new = keys.shape[2]
-        total = self.length + new
-        positions = torch.arange(self.length, total, device=self.device)
-        blocks = self.table[:, positions // BLOCK].flatten()
-        rings = self.rings
+        of = torch.tensor(rows, device=self.device).repeat_interleave(new)
+        for row in rows:
+            self.lengths[row] += new
+            self.written[row] = max(self.written[row], self.lengths[row])
         self.kernels.write(
             self.store,
-            blocks,
-            positions.repeat(self.batch),
-            torch.full_like(blocks, total),
-            None if rings is None else rings.repeat_interleave(new, 0),
+            self.table[of, positions // BLOCK],
+            positions,
+            torch.tensor(self.lengths, device=self.device)[of],
+            None if self.rings is None else self.rings[of],
             keys.transpose(1, 2).flatten(0, 1),
             values.transpose(1, 2).flatten(0, 1),
         )
-        self.length, self.seen, self.valid = total, self.seen + new, valid
-
-    def _whole(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """The stored tokens from start to stop whole, [B, H, stop − start, D]."""
-        if start >= stop:
-            none = torch.empty(
-                self.batch, self.heads, 0, self.head_size, dtype=self.dtype, device=self.device
-            )
-            return none, none
-        at = torch.arange(start, stop, device=self.device)
-        first, last = start // BLOCK, -(-stop // BLOCK)
-        keys, values = (
-            x[:, :, start - first * BLOCK : stop - first * BLOCK] for x in self._read(last, first)
-        )
-        if self.rings is None:
-            return keys, values
-        rows = [
-            pages.restore(self.store, self.table[b][at // BLOCK], self.rings[b], at, k, v)
-            for b, (k, v) in enumerate(zip(keys, values, strict=True))
-        ]
-        return torch.stack([k for k, _ in rows]), torch.stack([v for _, v in rows])
-
-    def _read(self, last: int, first: int = 0) -> tuple[Tensor, Tensor]:
-        """Pages first to last of all rows as they are read from afar, [B, H, tokens, D]."""
-        found = pages.read(self.store, self.table[:, first:last].flatten())
-        keys, values = (torch.unflatten(x, 1, (self.batch, -1)).transpose(0, 1) for x in found)
-        return keys, values
 
     # -------------------------------------------------------------------- pages of the batch
     @property
@@ -321,11 +249,11 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             return None
         return torch.arange(self.batch, device=self.device)[:, None]
 
-    def _blocks(self, page: int) -> Tensor:
-        return self.table[:, page]
-
     def _grow(self, new: int) -> None:
-        have, need = len(self.store.pages) // self.batch, -(-(self.length + new) // BLOCK)
+        """Have room for so many more tokens in every row."""
+        have, need = len(self.store.pages) // self.batch, -(-(max(self.lengths) + new) // BLOCK)
+        if self.eviction is not None and not any(self.lengths):
+            need = min(need, -(-max(self.eviction.tokens, 1) // BLOCK))
         if need <= have:
             return
         # A prompt gets what it needs; single tokens a little more, so that few copies are made.
@@ -333,22 +261,34 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         added = self._zeros(more * self.batch, self.heads, self.store.spec.page_bytes)
         self._replace(torch.cat([self.store.pages, added]), self.store.ring)
 
-    def _rows(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Change the rows of the batch, given as the first dimension."""
+    def _rows(self, order: Tensor) -> None:
+        """Make row i what row order[i] was."""
         if not self.is_initialized:
             return
-        by_row = torch.unflatten(self.store.pages, 0, (-1, self.batch)).transpose(0, 1)
-        changed = change(by_row).transpose(0, 1)
-        ring = None if self.store.ring is None else change(self.store.ring)
-        self.batch = changed.shape[1]
-        self._replace(changed.flatten(0, 1).contiguous(), ring)
-        self.valid = None if self.valid is None else change(self.valid)
+        order = order.to(self.device)
+        by_row = torch.unflatten(self.store.pages, 0, (-1, self.batch)).index_select(1, order)
+        ring = None if self.store.ring is None else self.store.ring.index_select(0, order)
+        chosen = order.tolist()
+        self.batch = len(chosen)
+        self.lengths, self.written, self.prompt = (
+            [x[i] for i in chosen] for x in (self.lengths, self.written, self.prompt)
+        )
+        self._replace(by_row.flatten(0, 1), ring)
 
     def _replace(self, all_pages: Tensor, ring: Tensor | None) -> None:
         self.store = pages.Storage(self.store.spec, self.dtype, all_pages, ring)
 
     def _zeros(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.uint8, device=self.device)
+
+
+def _whole_prompt(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+    """Causal attention of a prompt over itself."""
+    groups = queries.shape[0] != keys.shape[0]
+    out = scaled_dot_product_attention(
+        queries[None], keys[None], values[None], is_causal=True, scale=scale, enable_gqa=groups
+    )
+    return out[0]
 
 
 class PrunedCache(Cache):
@@ -470,48 +410,37 @@ def attention(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
-    dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """What transformers calls: attention over whichever cache the keys come from.
 
-    attention_mask: bool [B, tokens] from `padding`; None if there is no padding.
+    attention_mask: bool [B, 1, T, tokens] as "sdpa" has it; None if there is no padding.
     """
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if attention_mask is not None and attention_mask.ndim != 2:
-        raise InputError(
-            f"Attention over a pruned KV cache takes a mask of the padding, [batch, tokens], and "
-            f"got one of shape {tuple(attention_mask.shape)}: pass attention_mask as a tokenizer "
-            f"returns it."
+    layer = getattr(key, "prunekit_layer", None)
+    if layer is None:
+        found: tuple[Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, **kwargs
         )
+        return found
     if kwargs.get("sliding_window") or kwargs.get("softcap") or kwargs.get("s_aux") is not None:
         raise InputError(
             f"{type(module).__name__} has a sliding window, capped logits or attention sinks, "
             f"which attention over a pruned KV cache does not know."
         )
-    layer = getattr(key, "prunekit_layer", None)
-    if layer is not None:
-        out = layer.attend(query, key, value, scale, attention_mask)
-    else:
-        none = torch.zeros(query.shape[2], dtype=torch.long, device=query.device)
-        empty = key[:, :, :0]
-        out = prefill(query, empty, empty, key, value, none, scale, key.shape[2], attention_mask)
-    return out.transpose(1, 2).contiguous(), None
-
-
-def padding(
-    *, mask_function: Any = causal_mask_function, attention_mask: Any = None, **kwargs: Any
-) -> Tensor | None:
-    """What transformers asks for a mask: where the padding is, bool [B, tokens], or None."""
-    if mask_function is not causal_mask_function:
-        raise InputError(
-            "Attention over a pruned KV cache is causal over one sequence a row: sliding windows, "
-            "packed sequences and prefixes seen both ways are not."
-        )
-    if attention_mask is None or bool(attention_mask.all()):
-        return None
-    return attention_mask.bool()  # type: ignore[no-any-return]
+    real = None
+    if attention_mask is not None:
+        new, total = query.shape[2], attention_mask.shape[-1]
+        seen = attention_mask[:, :, -1:]
+        at = torch.arange(total, device=query.device)
+        if not torch.equal(attention_mask, seen & (at <= at[total - new :, None])):
+            raise InputError(
+                "Attention over a pruned KV cache is causal over one sequence a row, and the mask "
+                "says otherwise: pass attention_mask as a tokenizer returns it, [batch, tokens]."
+            )
+        real = seen[:, 0, 0, total - new :]
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return layer.attend(query, key, value, scale, real).transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register(IMPLEMENTATION, attention)
-AttentionMaskInterface.register(IMPLEMENTATION, padding)
+AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)

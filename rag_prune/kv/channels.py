@@ -10,14 +10,12 @@ from torch import Tensor
 from rag_prune.kv.think import best_channels, channel_scores
 
 
-def by_prompt(
-    queries: Tensor, keys: Tensor, kept: int, window: int, valid: Tensor | None = None
-) -> Tensor:
+def by_prompt(queries: Tensor, keys: Tensor, kept: int, window: int) -> Tensor:
     """Those that the last `window` queries of a call need of its keys, [..., H, kept].
 
-    queries: [..., heads, T, D].   keys: [..., H, T, D].   valid: bool [..., T].
+    queries: [..., heads, T, D].   keys: [..., H, T, D].
     """
-    return best_channels(channel_scores(queries[..., -window:, :], keys, valid), kept)
+    return best_channels(channel_scores(queries[..., -window:, :], keys), kept)
 
 
 def causal(
@@ -27,11 +25,10 @@ def causal(
     window: int,
     ends: Sequence[int],
     before: Tensor | None,
-    valid: Tensor | None = None,
 ) -> Tensor:
     """Those that each page's last `window` queries need of their keys, [pages, ..., H, kept].
 
-    queries: [..., heads, T, D].   keys: [..., H, T, D].   valid: bool [..., T].
+    queries: [..., heads, T, D].   keys: [..., H, T, D].
     ends: of each page, in tokens of this call.
     before: [..., H, kept], those of the page before, which a page takes over that has fewer than
         `window` tokens before its end; None if there is none.
@@ -40,8 +37,7 @@ def causal(
     for end in ends:
         last = slice(max(0, end - window), end)
         if before is None or end >= window:
-            seen = None if valid is None else valid[..., last]
-            scores = channel_scores(queries[..., last, :], keys[..., last, :], seen)
+            scores = channel_scores(queries[..., last, :], keys[..., last, :])
             before = best_channels(scores, kept)
         chosen.append(before)
     return torch.stack(chosen)

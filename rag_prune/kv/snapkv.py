@@ -39,13 +39,10 @@ class SnapKV:
         if self.kernel < 1 or self.kernel % 2 == 0:
             raise InputError(f"SnapKV's kernel must be odd and positive, got {self.kernel}.")
 
-    def select(
-        self, queries: Tensor, keys: Tensor, scale: float, valid: Tensor | None = None
-    ) -> Tensor | None:
+    def select(self, queries: Tensor, keys: Tensor, scale: float) -> Tensor | None:
         """The tokens that stay, ascending, int64 [B, H, tokens]; None if all of them do.
 
         queries: [B, heads, T, D] and keys: [B, H, T, D], of the whole prompt, after RoPE.
-        valid: bool [B, T], False for the padding, which goes first.
 
         A token's score is the attention it gets, summed over the window's queries (section 4.2),
         and averaged over the heads that share its key.
@@ -57,13 +54,9 @@ class SnapKV:
         logits = torch.einsum("bhgqd,bhtd->bhgqt", grouped, keys.float()) * scale
         last = torch.arange(count - self.window, count, device=keys.device)
         hidden = torch.arange(count, device=keys.device) > last[:, None]
-        if valid is not None:
-            hidden = (hidden | ~valid[:, None])[:, None, None]
-        weights = logits.masked_fill(hidden, -math.inf).softmax(-1).nan_to_num(0.0)
+        weights = logits.masked_fill(hidden, -math.inf).softmax(-1)
         attention = weights.sum(-2).mean(2)[..., : -self.window]
         scores = max_pool1d(attention, self.kernel, stride=1, padding=self.kernel // 2)
-        if valid is not None:
-            scores = scores.masked_fill(~valid[:, None, : -self.window], -1.0)
         scores = pad(scores, (0, self.window), value=math.inf)
         order = scores.argsort(dim=-1, descending=True, stable=True)
         return order[..., : self.tokens].sort(dim=-1).values

@@ -1,12 +1,13 @@
-// Attention over pruned pages, and writing them, on an x86 CPU. What pages are: rag_prune/kv/spec.py;
-// what these functions compute: `decode` and `write` of rag_prune/kv/pages.py, to which tests hold them.
+// Attention over pruned pages, and writing them, on an x86 CPU. What pages are:
+// rag_prune/kv/spec.py; what these functions compute: `decode` and `write` of
+// rag_prune/kv/pages.py, to which tests hold them.
 //
-// Decoding reads each page once, as it is stored. Thin keys are channel-major, so a query's entry is
-// multiplied with one channel of many tokens and dropped channels are simply not there; a packed token
-// is spread over a register by its bitmap. Arithmetic is in float32.
+// Decoding reads each page once, as it is stored. Thin keys are channel-major, so a query's entry
+// is multiplied with one channel of many tokens and dropped channels are simply not there; a packed
+// token is spread over a register by its bitmap. Arithmetic is in float32.
 //
-// Compiled by cpu.py, for AVX2 or for AVX-512 and for one type of entries: ENTRY is float, BFloat16 or
-// Float16. Pointers come from torch; strides are in bytes.
+// Compiled by cpu.py, for AVX2 or for AVX-512 and for one type of entries: ENTRY is float, BFloat16
+// or Float16. Pointers come from torch; strides are in bytes.
 
 #include <immintrin.h>
 
@@ -35,14 +36,18 @@ struct Layout {  // fields in the order of cpu.py's _Layout
 
 namespace {
 
-constexpr int TILE = 128;      // tokens whose weights are computed together
-constexpr int HEAD = 256;      // the largest head
-constexpr int MAX_GROUP = 8;   // query heads that share registers
+constexpr int TILE = 128;     // tokens whose weights are computed together
+constexpr int HEAD = 256;     // the largest head
+constexpr int MAX_GROUP = 8;  // query heads that share registers
 constexpr float NONE = -std::numeric_limits<float>::infinity();
 
 // ---------------------------------------------------------------------------- vectors
-struct BFloat16 { uint16_t bits; };
-struct Float16 { uint16_t bits; };
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
 using Entry = ENTRY;
 
 inline __m256i sixteen(const void* p) { return _mm256_loadu_si256((const __m256i*)p); }
@@ -74,15 +79,13 @@ inline __m256 halved(Vec x) {  // a sum of 16 as a sum of 8
 inline Vec scaled(Vec x, Vec n, Vec least) {
   return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(n, least, _CMP_GT_OQ), x, n);
 }
-inline unsigned bits_at(const uint8_t* bitmap, int vec) {
+inline unsigned bits_at(const uint8_t* bitmap) {
   uint16_t bits;
-  std::memcpy(&bits, bitmap + 2 * vec, 2);
+  std::memcpy(&bits, bitmap, 2);
   return bits;
 }
-// The entries from p on go to the lanes whose bits are set, in order; the others are 0.
-inline Vec expand(const Entry* p, unsigned bits) {
-  return _mm512_maskz_expand_ps((__mmask16)bits, load(p));
-}
+// The first entries go to the lanes whose bits are set, in order; the other lanes are 0.
+inline Vec expand(Vec x, unsigned bits) { return _mm512_maskz_expand_ps((__mmask16)bits, x); }
 #else
 using Vec = __m256;
 constexpr int W = 8;
@@ -100,7 +103,9 @@ inline Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
 inline Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
 inline Vec sub(Vec a, Vec b) { return _mm256_sub_ps(a, b); }
 inline Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
-inline Vec round(Vec x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline Vec round(Vec x) {
+  return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
 inline float highest(Vec x) {
   __m128 four = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
   four = _mm_max_ps(four, _mm_movehl_ps(four, four));
@@ -112,7 +117,6 @@ inline Vec scaled(Vec x, Vec n, Vec least) {
   __m256 product = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(x), exponent));
   return _mm256_and_ps(product, _mm256_cmp_ps(n, least, _CMP_GT_OQ));
 }
-inline unsigned bits_at(const uint8_t* bitmap, int vec) { return bitmap[vec]; }
 
 // Where each lane's entry lies for each byte of a bitmap; negative for the lanes that are 0.
 constexpr std::array<std::array<int8_t, 8>, 256> make_lanes() {
@@ -124,9 +128,10 @@ constexpr std::array<std::array<int8_t, 8>, 256> make_lanes() {
 }
 alignas(64) constexpr auto LANES = make_lanes();
 
-inline Vec expand(const Entry* p, unsigned bits) {
+inline unsigned bits_at(const uint8_t* bitmap) { return *bitmap; }
+inline Vec expand(Vec x, unsigned bits) {
   __m256i lanes = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)LANES[bits].data()));
-  Vec moved = _mm256_permutevar8x32_ps(load(p), lanes);
+  Vec moved = _mm256_permutevar8x32_ps(x, lanes);
   return _mm256_blendv_ps(moved, _mm256_setzero_ps(), _mm256_castsi256_ps(lanes));
 }
 #endif
@@ -159,10 +164,18 @@ inline Vec power(Vec x) {
 struct Packed {
   const uint8_t* bitmap;
   const Entry* entries;
+
+  // The W channels from one on; the token is left after them.
+  Vec next(int channel) {
+    const unsigned bits = bits_at(bitmap + channel / 8);
+    const Vec x = expand(load(entries), bits);
+    entries += _mm_popcnt_u32(bits);
+    return x;
+  }
 };
 
-// Reads of W entries at a time run past a token's last one: harmless inside of a page, but what ends
-// a page or a slot may also end the memory, so that it is copied to where there is room.
+// Reads run past a token's last entry: harmless inside of a page, but what ends a page or a slot
+// may also end the memory, so that it is copied to where there is room.
 struct Spare {
   Entry entries[HEAD + W];
   const Entry* copy(const Entry* from, int count) {
@@ -199,12 +212,13 @@ inline void fetch(const void* p, ptrdiff_t ahead, int bytes) {
 template <int G>
 class Attention {
  public:
-  Attention(const Layout& layout, const Sequence& sequence, int head, const float* queries, float scale)
+  Attention(const Layout& layout, const Sequence& sequence, int head, const float* queries,
+            float scale)
       : at(layout), seq(sequence), head(head), size((int)layout.head_size) {
     // Softmax in powers of two: 2^(x / ln 2) is e^x, and cheaper.
     const float factor = scale * 1.44269504f;
     for (int g = 0; g < G; g++)
-      for (int c = 0; c < size; c++) q[g][c] = by_channel[c][g] = queries[g * size + c] * factor;
+      for (int c = 0; c < size; c++) by_channel[c][g] = q[g][c] = queries[g * size + c] * factor;
     std::fill_n(top, G, NONE);
     std::fill_n(sum, G, 0.0f);
     std::memset(out, 0, sizeof out);
@@ -214,8 +228,8 @@ class Attention {
     for (int start = first; start < last; start += TILE) tile(start, std::min(start + TILE, last));
   }
 
-  // out [G][head_size], and of each head the logarithm's highest term and the sum of the rest.
-  float q[G][HEAD], out[G][HEAD], top[G], sum[G];
+  // Of each head the values, not yet divided by the sum of their weights, and the highest logit.
+  float out[G][HEAD], sum[G], top[G];
 
  private:
   // Vectors whose sums for all heads fit into the registers.
@@ -224,9 +238,12 @@ class Attention {
   const Layout& at;
   const Sequence& seq;
   const int head, size;
-  float by_channel[HEAD][G];
-  float weights[G][TILE];  // logits, then their powers
-  Spare spare;
+  float q[G][HEAD];
+  float by_channel[HEAD][G];  // the same queries
+  float weights[G][TILE];     // logits, then their powers
+  Spare spare[4];
+  const uint8_t* lost_of = nullptr;  // the page of `lost`
+  uint8_t lost[HEAD / 8];            // a bitmap of the keys' entries that it dropped
 
   void tile(int start, int stop) {
     pieces(start, stop, [&](const Piece& piece, int to) {
@@ -238,12 +255,14 @@ class Attention {
     pieces(start, stop, [&](const Piece& piece, int from) {
       at.kept_values < size ? packed_values(piece, from) : whole_values(piece, from);
     });
-    if (at.kept_values < size) whole(start, stop, [&](int token, int from) { restore_value(token, from); });
+    if (at.kept_values < size)
+      whole(start, stop, [&](int token, int from) { restore_value(token, from); });
   }
 
   // -------------------------------------------------------------------- walking
   const uint8_t* page(int token) const {
-    return at.pages + seq.table[token / at.block_size] * at.page_stride + head * at.page_head_stride;
+    return at.pages + seq.table[token / at.block_size] * at.page_stride +
+           head * at.page_head_stride;
   }
 
   template <class Do>
@@ -268,7 +287,10 @@ class Attention {
   }
 
   // -------------------------------------------------------------------- keys
-  void thin_keys(const Piece& piece, int to) { channels_from<AT_ONCE>(piece, 0, to); }
+  void thin_keys(const Piece& piece, int to) {
+    if (at.kept_keys < size) fetch(piece.page + at.ids_offset, piece.ahead, (int)at.kept_keys);
+    channels_from<AT_ONCE>(piece, 0, to);
+  }
 
   // Blocks are multiples of 16 tokens, so that reading past the last token stays in its channel.
   template <int N>
@@ -301,6 +323,7 @@ class Attention {
     for (; t + 4 <= piece.count; t += 4) {
       Packed four[4];
       for (int i = 0; i < 4; i++) four[i] = token_at(piece, 0, at.kept_keys, t + i);
+      fetch(four[0].bitmap, piece.ahead, 4 * size / 8);
       Vec sums[G][4] = {};
       dots(four, sums);
       for (int g = 0; g < G; g++) _mm_storeu_ps(&weights[g][to + t], totals(sums[g]));
@@ -315,22 +338,14 @@ class Attention {
 
   template <int N>
   void dots(Packed (&tokens)[N], Vec (&sums)[G][N]) {
-    for (int w = 0; w < size / W; w++) {
+    for (int c = 0; c < size; c += W) {
       Vec x[N];
-      for (int n = 0; n < N; n++) x[n] = next(tokens[n], w);
+      for (int n = 0; n < N; n++) x[n] = tokens[n].next(c);
       for (int g = 0; g < G; g++) {
-        Vec query = load(&q[g][w * W]);
+        const Vec query = load(&q[g][c]);
         for (int n = 0; n < N; n++) sums[g][n] = fma(query, x[n], sums[g][n]);
       }
     }
-  }
-
-  // The next W channels of a token, which is left after them.
-  static Vec next(Packed& token, int w) {
-    const unsigned bits = bits_at(token.bitmap, w);
-    Vec x = expand(token.entries, bits);
-    token.entries += _mm_popcnt_u32(bits);
-    return x;
   }
 
   Packed token_at(const Piece& piece, int64_t start, int64_t kept, int token) {
@@ -338,7 +353,7 @@ class Attention {
     const uint8_t* bitmaps = piece.page + start;
     const Entry* entries = (const Entry*)(bitmaps + at.block_size * size / 8) + token * kept;
     fetch(entries, piece.ahead, (int)kept * sizeof(Entry));
-    if (token == at.block_size - 1) entries = spare.copy(entries, (int)kept);
+    if ((at.block_size - 1 - token) * kept < W) entries = spare[token % 4].copy(entries, (int)kept);
     return {bitmaps + token * size / 8, entries};
   }
 
@@ -395,7 +410,8 @@ class Attention {
 
   template <int N>
   void columns(const Piece& piece, int channel, int from) {
-    const Entry* row = (const Entry*)(piece.page + at.values_offset) + (int64_t)piece.offset * size + channel;
+    const Entry* row =
+        (const Entry*)(piece.page + at.values_offset) + (int64_t)piece.offset * size + channel;
     Vec sums[G][N];
     for (int g = 0; g < G; g++)
       for (int n = 0; n < N; n++) sums[g][n] = load(&out[g][channel + n * W]);
@@ -404,7 +420,8 @@ class Attention {
       Vec values[N];
       for (int n = 0; n < N; n++) values[n] = load(row + n * W);
       for (int g = 0; g < G; g++)
-        for (int n = 0; n < N; n++) sums[g][n] = fma(all(weights[g][from + t]), values[n], sums[g][n]);
+        for (int n = 0; n < N; n++)
+          sums[g][n] = fma(all(weights[g][from + t]), values[n], sums[g][n]);
     }
     for (int g = 0; g < G; g++)
       for (int n = 0; n < N; n++) store(&out[g][channel + n * W], sums[g][n]);
@@ -414,7 +431,9 @@ class Attention {
     int t = 0;
     for (; t + 4 <= piece.count; t += 4) {
       Packed four[4];
-      for (int i = 0; i < 4; i++) four[i] = token_at(piece, at.values_offset, at.kept_values, t + i);
+      for (int i = 0; i < 4; i++)
+        four[i] = token_at(piece, at.values_offset, at.kept_values, t + i);
+      fetch(four[0].bitmap, piece.ahead, 4 * size / 8);
       add_all(four, from + t);
     }
     for (; t < piece.count; t++) {
@@ -425,13 +444,13 @@ class Attention {
 
   template <int N>
   void add_all(Packed (&tokens)[N], int from) {
-    for (int w = 0; w < size / W; w++) {
+    for (int c = 0; c < size; c += W) {
       Vec x[N];
-      for (int n = 0; n < N; n++) x[n] = next(tokens[n], w);
+      for (int n = 0; n < N; n++) x[n] = tokens[n].next(c);
       for (int g = 0; g < G; g++) {
-        Vec sums = load(&out[g][w * W]);
+        Vec sums = load(&out[g][c]);
         for (int n = 0; n < N; n++) sums = fma(all(weights[g][from + n]), x[n], sums);
-        store(&out[g][w * W], sums);
+        store(&out[g][c], sums);
       }
     }
   }
@@ -442,7 +461,8 @@ class Attention {
     const int window = (int)at.window_slots, sinks = (int)at.sinks;
     const int slot = token < sinks ? token : sinks + (token - sinks) % window;
     const uint8_t* block = at.ring + seq.ring[slot / at.slots_per_block] * at.ring_stride;
-    const uint8_t* entry = block + head * at.ring_head_stride + slot % at.slots_per_block * at.slot_bytes;
+    const uint8_t* entry =
+        block + head * at.ring_head_stride + slot % at.slots_per_block * at.slot_bytes;
     int32_t tag;
     std::memcpy(&tag, entry, 4);
     return tag == token + 1 ? (const Entry*)(entry + 4) : nullptr;
@@ -450,11 +470,10 @@ class Attention {
 
   void restore_key(int token, int to) {
     const Entry* entries = rest(token);
-    const int lost = size - (int)at.kept_keys;
-    if (!entries || !lost) return;
-    uint8_t bitmap[HEAD / 8];
-    lost_keys(token, bitmap);
-    Packed one[1] = {{bitmap, spare.copy(entries, lost)}};
+    const int count = size - (int)at.kept_keys;
+    if (!entries || !count) return;
+    find_lost_keys(token);
+    Packed one[1] = {{lost, spare[0].copy(entries, count)}};
     Vec sums[G][1] = {};
     dots(one, sums);
     for (int g = 0; g < G; g++) weights[g][to] += total(halved(sums[g][0]));
@@ -466,16 +485,19 @@ class Attention {
     const uint8_t* bitmaps = page(token) + at.values_offset;
     uint8_t bitmap[HEAD / 8];
     complement(bitmaps + token % at.block_size * size / 8, size / 8, bitmap);
-    Packed one[1] = {{bitmap, spare.copy(entries + size - at.kept_keys, size - (int)at.kept_values)}};
+    entries += size - at.kept_keys;
+    Packed one[1] = {{bitmap, spare[0].copy(entries, size - (int)at.kept_values)}};
     add_all(one, from);
   }
 
-  void lost_keys(int token, uint8_t* bitmap) const {
+  void find_lost_keys(int token) {
     const uint8_t* here = page(token);
-    if (at.packed_keys) return complement(here + token % at.block_size * size / 8, size / 8, bitmap);
-    std::memset(bitmap, 255, size / 8);
+    if (at.packed_keys) return complement(here + token % at.block_size * size / 8, size / 8, lost);
+    if (here == lost_of) return;
+    lost_of = here;
+    std::memset(lost, 255, size / 8);
     const uint8_t* ids = here + at.ids_offset;
-    for (int i = 0; i < at.kept_keys; i++) bitmap[ids[i] / 8] &= (uint8_t)~(1 << ids[i] % 8);
+    for (int i = 0; i < at.kept_keys; i++) lost[ids[i] / 8] &= (uint8_t)~(1 << ids[i] % 8);
   }
 };
 
@@ -483,8 +505,8 @@ class Attention {
 struct Task {
   int head, first, last;
   const float* queries;
-  float* out;      // [heads][head_size]
-  float* totals;   // [heads][2], highest logit and sum; null if this task is all of the sequence
+  float* out;     // [heads][head_size]
+  float* totals;  // [heads][2], highest logit and sum; null if this task is all of the sequence
 };
 
 template <int G>
@@ -534,9 +556,9 @@ inline uint32_t magnitude(float x) {
 inline uint32_t magnitude(BFloat16 x) { return x.bits & 0x7fffu; }
 inline uint32_t magnitude(Float16 x) { return x.bits & 0x7fffu; }
 
-// The bitmap of the `kept` entries of largest magnitude, ties to the lower channel. As whole numbers
-// the bits of floats without sign are in the order of the floats, so the smallest magnitude kept is
-// found bit by bit.
+// The bitmap of the `kept` entries of largest magnitude, ties to the lower channel. As whole
+// numbers the bits of floats without sign are in the order of the floats, so the smallest magnitude
+// kept is found bit by bit.
 void largest(const Entry* x, int size, int kept, uint8_t* bitmap) {
   uint32_t magnitudes[HEAD], least = 0;
   for (int c = 0; c < size; c++) magnitudes[c] = magnitude(x[c]);
@@ -549,7 +571,8 @@ void largest(const Entry* x, int size, int kept, uint8_t* bitmap) {
   for (int c = 0; c < size; c++) ties -= magnitudes[c] > least;
   std::memset(bitmap, 0, size / 8);
   for (int c = 0; c < size; c++)
-    if (magnitudes[c] > least || (magnitudes[c] == least && ties-- > 0)) bitmap[c / 8] |= 1 << c % 8;
+    if (magnitudes[c] > least || (magnitudes[c] == least && ties-- > 0))
+      bitmap[c / 8] |= 1 << c % 8;
 }
 
 Entry* gather(const Entry* x, const uint8_t* bitmap, int size, Entry* to) {
@@ -559,7 +582,8 @@ Entry* gather(const Entry* x, const uint8_t* bitmap, int size, Entry* to) {
 }
 
 // A bitmap and its entries into a page; `bitmap` is also left to the caller.
-void pack(const Layout& at, const Entry* x, int64_t kept, int offset, uint8_t* part, uint8_t* bitmap) {
+void pack(const Layout& at, const Entry* x, int64_t kept, int offset, uint8_t* part,
+          uint8_t* bitmap) {
   const int size = (int)at.head_size;
   largest(x, size, (int)kept, bitmap);
   std::memcpy(part + offset * size / 8, bitmap, size / 8);
@@ -583,7 +607,8 @@ struct Token {
   const int32_t* ring;
 };
 
-void write_one(const Layout& at, const Token& token, int head, const Entry* key, const Entry* value) {
+void write_one(const Layout& at, const Token& token, int head, const Entry* key,
+               const Entry* value) {
   const int size = (int)at.head_size, offset = token.position % (int)at.block_size;
   uint8_t* page = at.pages + token.block * at.page_stride + head * at.page_head_stride;
   uint8_t keys[HEAD / 8], values[HEAD / 8];  // bitmaps of what the page keeps
@@ -625,19 +650,23 @@ void prunekit_decode(const Layout* layout, int64_t rows, int64_t heads, float sc
   const int size = (int)at.head_size, group = (int)(heads / at.kv_heads);
   const int chunks = (group + MAX_GROUP - 1) / MAX_GROUP;  // of the heads that share a KV head
   const int64_t stride = rows * heads;                     // of a part, in heads
-  std::vector<float> outs(parts > 1 ? parts * stride * size : 0), totals(parts > 1 ? parts * stride * 2 : 0);
+  std::vector<float> outs(parts > 1 ? parts * stride * size : 0),
+      totals(parts > 1 ? parts * stride * 2 : 0);
   const int64_t tasks = rows * at.kv_heads * chunks * parts;
 #pragma omp parallel for schedule(dynamic) num_threads((int)at.threads)
   for (int64_t i = 0; i < tasks; i++) {
     const int64_t part = i % parts, chunk = i / parts % chunks, pair = i / parts / chunks;
     const int64_t row = pair / at.kv_heads, head = pair % at.kv_heads;
     const int64_t first_head = row * heads + head * group + chunk * MAX_GROUP;
-    const Sequence sequence{table + row * table_stride, rings ? rings + row * rings_stride : nullptr,
+    const Sequence sequence{table + row * table_stride,
+                            rings ? rings + row * rings_stride : nullptr,
                             valid ? valid + row * valid_stride : nullptr, lengths[row]};
     // Parts end where tiles do, so that all but the last are full.
     const int tiles = (sequence.length + TILE - 1) / TILE;
-    const int first = (int)(tiles * part / parts) * TILE, last = (int)(tiles * (part + 1) / parts) * TILE;
-    Task task{(int)head, first, std::min(last, sequence.length), queries + first_head * size, nullptr, nullptr};
+    const int first = (int)(tiles * part / parts) * TILE,
+              last = (int)(tiles * (part + 1) / parts) * TILE;
+    Task task{(int)head, first,  std::min(last, sequence.length), queries + first_head * size,
+              nullptr,   nullptr};
     task.out = parts > 1 ? &outs[(part * stride + first_head) * size] : out + first_head * size;
     task.totals = parts > 1 ? &totals[(part * stride + first_head) * 2] : nullptr;
     const int these = std::min(MAX_GROUP, group - (int)chunk * MAX_GROUP);
@@ -649,17 +678,20 @@ void prunekit_decode(const Layout* layout, int64_t rows, int64_t heads, float sc
 }
 
 // keys, values: of the entries' type, [tokens][kv_heads][head_size], the last dimension contiguous.
-void prunekit_write(const Layout* layout, int64_t tokens, const int32_t* blocks, const int32_t* positions,
-                    const int32_t* lengths, const int32_t* rings, int64_t rings_stride,
-                    const uint8_t* keys, int64_t key_stride, int64_t key_head_stride,
-                    const uint8_t* values, int64_t value_stride, int64_t value_head_stride) {
+void prunekit_write(const Layout* layout, int64_t tokens, const int32_t* blocks,
+                    const int32_t* positions, const int32_t* lengths, const int32_t* rings,
+                    int64_t rings_stride, const uint8_t* keys, int64_t key_stride,
+                    int64_t key_head_stride, const uint8_t* values, int64_t value_stride,
+                    int64_t value_head_stride) {
   const Layout& at = *layout;
   // Neighbours go to one thread: entries of a channel of thin keys share a cache line.
 #pragma omp parallel for collapse(2) schedule(static) num_threads((int)at.threads)
   for (int64_t head = 0; head < at.kv_heads; head++)
     for (int64_t i = 0; i < tokens; i++) {
-      const Token token{blocks[i], positions[i], lengths[i], rings ? rings + i * rings_stride : nullptr};
-      write_one(at, token, (int)head, (const Entry*)(keys + i * key_stride + head * key_head_stride),
+      const Token token{blocks[i], positions[i], lengths[i],
+                        rings ? rings + i * rings_stride : nullptr};
+      write_one(at, token, (int)head,
+                (const Entry*)(keys + i * key_stride + head * key_head_stride),
                 (const Entry*)(values + i * value_stride + head * value_head_stride));
     }
 }

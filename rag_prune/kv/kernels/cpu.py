@@ -234,22 +234,24 @@ def _compiled(compiler: list[str], dtype: torch.dtype, build: str) -> Path:
     """The library's file, whose name says what it was made of."""
     flags = ["-std=c++17", "-O3", "-fopenmp", "-shared", "-fPIC", f"-DENTRY={_ENTRIES[dtype]}"]
     flags += [f"-m{name}" for name in _BUILDS[build].split()]
-    parts = [_run([*compiler, "--version"]), *compiler, *flags, _SOURCE.read_text("utf-8")]
+    source = _SOURCE.read_text("utf-8")
+    parts = [_run([*compiler, "--version"]), *compiler, *flags, source]
     name = hashlib.sha256("\0".join(parts).encode()).hexdigest()
     root = os.environ.get("PRUNEKIT_CACHE") or Path.home() / ".cache" / "prunekit"
     path = Path(root, "kernels", f"{name}.so")
     if not path.exists():
         with tempfile.TemporaryDirectory() as folder:
             new = Path(folder, "kernels.so")
-            _run([*compiler, *flags, str(_SOURCE), "-o", str(new)])
+            _run([*compiler, *flags, "-x", "c++", "-", "-o", str(new)], source)
             # Whole or not there, so that processes may build it at the same time.
             with atomic_write(path, "wb") as file:
                 file.write(new.read_bytes())
     return path
 
 
-def _run(command: list[str]) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+def _run(command: list[str], given: str = "") -> str:
+    done = subprocess.run(command, input=given, check=True, capture_output=True, encoding="utf-8")
+    return done.stdout
 
 
 def _open(path: Path) -> Any:

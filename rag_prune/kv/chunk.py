@@ -1,0 +1,133 @@
+"""Many new tokens of one sequence: which are read whole, ThinK's channels, attention over pages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rag_prune.kv import channels, pages
+from rag_prune.kv.config import KVPruneConfig
+from rag_prune.kv.pages import Storage
+from rag_prune.kv.prefill import prefill
+from rag_prune.kv.spec import STEP, PageSpec
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What is known of a call before its tensors are, the same for all layers."""
+
+    past: int  # tokens of the sequence before this call
+    total: int  # and after it
+    table: Tensor  # the sequence's pages, [ceil(total / block_size)] or more
+    whole_from: Tensor  # int64 [total − past], see `prefill`
+    far: int  # tokens that some query reads from afar
+    near: int  # the first token that some query reads whole
+    restored: Tensor  # past tokens that are read whole: sinks, then those from `near` on
+    begun: range  # places in `table` of the pages that begin here
+
+    @classmethod
+    def of(
+        cls, spec: PageSpec, config: KVPruneConfig, table: Tensor, past: int, total: int
+    ) -> Chunk:
+        """Under policy "prompt" of ThinK a call's own tokens are all whole, as in the paper."""
+        whole_from = torch.zeros(total - past, dtype=torch.int64, device=table.device)
+        far = near = 0
+        if spec.prunes:
+            whole_from = torch.arange(past + 1, total + 1, device=table.device) - spec.recent
+            whole_from = whole_from.clamp_(min=0) // STEP * STEP
+            far, near = spec.cut(total - 1), spec.cut(past)
+            if config.method == "think" and config.policy == "prompt":
+                whole_from, far = whole_from.clamp_(max=past), min(far, past)
+        sinks = torch.arange(min(spec.sinks, far, past), device=table.device)
+        return cls(
+            past=past,
+            total=total,
+            table=table,
+            whole_from=whole_from,
+            far=far,
+            near=near,
+            restored=torch.cat([sinks, torch.arange(near, past, device=table.device)]),
+            begun=range(-(-past // spec.block_size), -(-total // spec.block_size)),
+        )
+
+
+def choose(
+    store: Storage,
+    config: KVPruneConfig,
+    chunk: Chunk,
+    queries: Tensor,
+    keys: Tensor,
+    static: Tensor | None,
+) -> None:
+    """Name the channels of the pages that begin with the chunk; thin keys need it before a write.
+
+    queries: [heads, T, D].   keys: [H, T, D].   static: [H, kept] under policy "static".
+    """
+    begun, kept, window = chunk.begun, store.spec.kept_keys, config.obs_window
+    if not begun:
+        return
+    before = None
+    if begun.start:
+        before = pages.ids(store, chunk.table[begun.start - 1 : begun.start])[0]
+    if static is not None:
+        ids = static
+    elif config.policy == "causal":
+        size = store.spec.block_size
+        ends = [min((place + 1) * size - chunk.past, keys.shape[1]) for place in begun]
+        ids = channels.causal(queries, keys, kept, window, ends, before)
+    elif before is None or keys.shape[1] >= window:
+        ids = channels.by_prompt(queries, keys, kept, window)
+    else:
+        ids = before
+    pages.set_ids(store, chunk.table[begun.start : begun.stop], ids)
+
+
+def attend(
+    store: Storage,
+    chunk: Chunk,
+    ring: Tensor | None,
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scale: float,
+) -> Tensor:
+    """Attention of the chunk's tokens, which are written, [heads, T, D].
+
+    ring: uint8 [n, H, bytes], a copy of the sequence's ring from before they were: writing takes
+        slots of tokens that the first queries still read whole.
+    queries: [heads, T, D].   keys, values: [H, T, D], whole.
+    """
+    size, past, near = store.spec.block_size, chunk.past, chunk.near
+    far_keys, far_values = pages.read(store, chunk.table[: -(-max(chunk.far, past) // size)])
+    near_keys, near_values = far_keys[:, near:past], far_values[:, near:past]
+    at = chunk.restored
+    if ring is not None and len(at):
+        whole_keys, whole_values = pages.restore(
+            Storage(store.spec, store.dtype, store.pages, ring),
+            chunk.table[at // size],
+            torch.arange(len(ring), device=at.device),
+            at,
+            far_keys[:, at],
+            far_values[:, at],
+        )
+        sinks = len(at) - (past - near)
+        near_keys, near_values = whole_keys[:, sinks:], whole_values[:, sinks:]
+        far_keys[:, :sinks], far_values[:, :sinks] = whole_keys[:, :sinks], whole_values[:, :sinks]
+    if past < (end := min(store.spec.sinks, chunk.far)):  # sinks among the new tokens
+        far_keys[:, past:end], far_values[:, past:end] = (
+            keys[:, : end - past],
+            values[:, : end - past],
+        )
+    out = prefill(
+        queries[None],
+        far_keys[None, :, : chunk.far],
+        far_values[None, :, : chunk.far],
+        torch.cat([near_keys, keys.to(near_keys.dtype)], 1)[None],
+        torch.cat([near_values, values.to(near_values.dtype)], 1)[None],
+        chunk.whole_from,
+        scale,
+        chunk.total,
+    )
+    return out[0]
