@@ -41,10 +41,10 @@ from vllm.v1.kv_cache_interface import AttentionSpec, CircularBufferSpec, KVCach
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from prune_core.errors import InputError
-from rag_prune.kv import channels, kernels, pages
+from rag_prune.kv import kernels, pages
+from rag_prune.kv.chunk import Chunk, attend, choose
 from rag_prune.kv.config import KVPruneConfig
 from rag_prune.kv.masks import load_masks, model_fingerprint
-from rag_prune.kv.prefill import prefill
 from rag_prune.kv.spec import STEP, PageSpec
 from rag_prune.kv.think import best_channels
 from rag_prune.kv.vllm_plugin import KEY, options
@@ -243,29 +243,13 @@ class Rings(AttentionMetadata):  # type: ignore[misc]
 
 
 @dataclass(frozen=True)
-class Chunk:
-    """New tokens of one sequence that are not a decode step; positions are the sequence's."""
-
-    row: int
-    tokens: slice  # of the batch
-    past: int
-    total: int
-    table: Tensor  # the sequence's pages
-    whole_from: Tensor  # int64 [tokens], see `prefill`
-    far: int  # tokens that some query reads from afar
-    near: int  # the first token that some query reads whole
-    restored: Tensor  # past tokens that are read whole: sinks, then those from `near` on
-    begun: range  # places in `table` of the pages that begin here
-
-
-@dataclass(frozen=True)
 class Batch(AttentionMetadata):  # type: ignore[misc]
     """What a step does, the same for all layers: decode steps first, then chunks."""
 
     decodes: int
     table: Tensor  # int [R, pages]
     lengths: Tensor  # int [R]
-    chunks: list[Chunk]
+    chunks: list[tuple[int, slice, Chunk]]  # the row, its tokens of the batch
     blocks: Tensor  # [T], the page of each token
     positions: Tensor  # [T]
     totals: Tensor  # [T], the length of each token's sequence after this step
@@ -302,7 +286,11 @@ class Builder(AttentionMetadataBuilder):  # type: ignore[misc]
                 break
             decodes += 1
         chunks = [
-            self._chunk(table[row], row, starts[row], pasts[row], totals[row])
+            (
+                row,
+                slice(starts[row], starts[row + 1]),
+                Chunk.of(self.spec, self.config, table[row], pasts[row], totals[row]),
+            )
             for row in range(decodes, len(totals))
         ]
         counts = [total - past for past, total in zip(pasts, totals, strict=True)]
@@ -316,7 +304,7 @@ class Builder(AttentionMetadataBuilder):  # type: ignore[misc]
             table[begun_rows, [at - back for at in begun_at]] if begun_rows else table[0, :0]
             for back in (0, 1)
         )
-        begun = [new, *(c.table[c.begun.start : c.begun.stop] for c in chunks)]
+        begun = [new, *(c.table[c.begun.start : c.begun.stop] for _, _, c in chunks)]
         placed = torch.from_numpy(positions).to(table.device, non_blocking=True)
         row_of = torch.from_numpy(rows).to(table.device, non_blocking=True)
         return Batch(
@@ -329,32 +317,6 @@ class Builder(AttentionMetadataBuilder):  # type: ignore[misc]
             totals=common.seq_lens[row_of],
             begun=torch.cat(begun),
             heirs=(new, before),
-        )
-
-    def _chunk(self, table: Tensor, row: int, start: int, past: int, total: int) -> Chunk:
-        spec, size = self.spec, self.spec.block_size
-        if spec.prunes:
-            whole_from = torch.arange(past + 1, total + 1, device=table.device) - spec.recent
-            whole_from = whole_from.clamp_(min=0) // STEP * STEP
-            far = spec.cut(total - 1)
-            if spec.thin_keys and self.config.policy == "prompt":  # as the paper: a call is whole
-                whole_from, far = whole_from.clamp_(max=past), min(far, past)
-            near = spec.cut(past)
-        else:
-            whole_from = torch.zeros(total - past, dtype=torch.int64, device=table.device)
-            far = near = 0
-        sinks = torch.arange(min(spec.sinks, far, past), device=table.device)
-        return Chunk(
-            row=row,
-            tokens=slice(start, start + total - past),
-            past=past,
-            total=total,
-            table=table[: math.ceil(total / size)],
-            whole_from=whole_from,
-            far=far,
-            near=near,
-            restored=torch.cat([sinks, torch.arange(near, past, device=table.device)]),
-            begun=range(math.ceil(past / size), math.ceil(total / size)),
         )
 
 
@@ -491,18 +453,18 @@ class PrunedAttention(AttentionImpl):  # type: ignore[misc]
             self._bind(kv_cache)
         store, tokens = self.store, len(batch.positions)
         query, key, value = query[:tokens], key[:tokens], value[:tokens]
+        queries, keys, values = (x.transpose(0, 1) for x in (query, key, value))
         rings: Rings | None = None
         if self.ring is not None:
             rings = get_forward_context().attn_metadata[self.ring_name]
             if store.spec.thin_keys and len(batch.begun):
-                self._choose(batch, query, key)
-        # Writing takes slots of tokens that the chunk's first queries still read whole.
-        before = [self._ring_of(chunk, rings) for chunk in batch.chunks]
+                self._choose(batch, queries, keys)
+        before = [self._ring_of(row, chunk, rings) for row, _, chunk in batch.chunks]
         of_tokens = None if rings is None else rings.of_tokens
         self.ops.write(store, batch.blocks, batch.positions, batch.totals, of_tokens, key, value)
-        for chunk, ring in zip(batch.chunks, before, strict=True):
-            at = chunk.tokens
-            output[at] = self._prefill(chunk, ring, query[at], key[at], value[at])
+        for (_, at, chunk), ring in zip(batch.chunks, before, strict=True):
+            new = queries[:, at], keys[:, at], values[:, at]
+            output[at] = attend(store, chunk, ring, *new, self.scale).transpose(0, 1)
         if rows := batch.decodes:
             table = None if rings is None else rings.table[:rows]
             output[:rows] = self.ops.decode(
@@ -520,80 +482,25 @@ class PrunedAttention(AttentionImpl):  # type: ignore[misc]
         self.ops = kernels.choose(kv_cache.device)
         self.cache = kv_cache
 
-    # -------------------------------------------------------------------------- ThinK's channels
+    def _ring_of(self, row: int, chunk: Chunk, rings: Rings | None) -> Tensor | None:
+        """A copy of the sequence's ring, see `attend`; None if the chunk needs none."""
+        if rings is None or self.store.ring is None or not len(chunk.restored):
+            return None
+        return self.store.ring[rings.table[row].long()]
+
     def _choose(self, batch: Batch, query: Tensor, key: Tensor) -> None:
-        """Name the channels of the pages that begin in this step."""
+        """Name the channels of the pages that begin in this step.
+
+        query: [heads, T, D].   key: [H, T, D].
+        """
         if self.channels is not None:
             pages.set_ids(self.store, batch.begun, self.channels)
             return
         new, before = batch.heirs
         if len(new):
             pages.set_ids(self.store, new, pages.ids(self.store, before))
-        for chunk in batch.chunks:
-            if chunk.begun:
-                self._choose_of(chunk, query[chunk.tokens], key[chunk.tokens])
-
-    def _choose_of(self, chunk: Chunk, query: Tensor, key: Tensor) -> None:
-        store, kept, window = self.store, self.store.spec.kept_keys, self.config.obs_window
-        begun, size = chunk.begun, store.spec.block_size
-        queries, keys = query.transpose(0, 1), key.transpose(0, 1)
-        before = None
-        if begun.start:
-            before = pages.ids(store, chunk.table[begun.start - 1 : begun.start])[0]
-        if self.config.policy == "causal":
-            ends = [min((place + 1) * size - chunk.past, len(query)) for place in begun]
-            ids = channels.causal(queries, keys, kept, window, ends, before)
-        elif before is None or len(query) >= window:
-            ids = channels.by_prompt(queries, keys, kept, window)
-        else:
-            ids = before
-        pages.set_ids(store, chunk.table[begun.start : begun.stop], ids)
-
-    # -------------------------------------------------------------------------- many tokens
-    def _ring_of(self, chunk: Chunk, rings: Rings | None) -> pages.Storage | None:
-        """The store with nothing but a copy of the sequence's ring, if the chunk will need it."""
-        if rings is None or not len(chunk.restored):
-            return None
-        assert self.store.ring is not None
-        return replace(self.store, ring=self.store.ring[rings.table[chunk.row].long()])
-
-    def _prefill(
-        self, chunk: Chunk, ring: pages.Storage | None, query: Tensor, key: Tensor, value: Tensor
-    ) -> Tensor:
-        """query: [T, heads, D]; key, value: [T, H, D], which are written.   [T, heads, D]."""
-        spec, past = self.store.spec, chunk.past
-        new_keys, new_values = key.transpose(0, 1), value.transpose(0, 1)  # [H, T, D]
-        blocks = chunk.table[: math.ceil(max(chunk.far, past) / spec.block_size)]
-        keys, values = pages.read(self.store, blocks)
-        near_keys, near_values = keys[:, chunk.near : past], values[:, chunk.near : past]
-        if ring is not None:
-            assert ring.ring is not None
-            at = chunk.restored
-            whole_keys, whole_values = pages.restore(
-                ring,
-                chunk.table[at // spec.block_size],
-                torch.arange(len(ring.ring), device=at.device),
-                at,
-                keys[:, at],
-                values[:, at],
-            )
-            sinks = len(at) - (past - chunk.near)
-            near_keys, near_values = whole_keys[:, sinks:], whole_values[:, sinks:]
-            keys[:, :sinks], values[:, :sinks] = whole_keys[:, :sinks], whole_values[:, :sinks]
-        if past < (end := min(spec.sinks, chunk.far)):  # sinks among the new tokens
-            keys[:, past:end] = new_keys[:, : end - past]
-            values[:, past:end] = new_values[:, : end - past]
-        out = prefill(
-            query.transpose(0, 1)[None],
-            keys[None, :, : chunk.far],
-            values[None, :, : chunk.far],
-            torch.cat([near_keys, new_keys.to(near_keys.dtype)], 1)[None],
-            torch.cat([near_values, new_values.to(near_values.dtype)], 1)[None],
-            chunk.whole_from,
-            self.scale,
-            chunk.total,
-        )
-        return out[0].transpose(0, 1)
+        for _, at, chunk in batch.chunks:
+            choose(self.store, self.config, chunk, query[:, at], key[:, at], None)
 
 
 def _as_bytes(cache: Tensor) -> Tensor:
