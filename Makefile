@@ -41,7 +41,8 @@ test-slow: .venv/.ready ## the tests that load real models
 
 # Triton's interpreter is chosen when Triton is first imported, so its tests get a process of their own.
 test-vllm: .venv-vllm/.ready ## the tests that start vLLM's server or interpret Triton, on the CPU
-	.venv-vllm/bin/python -m pytest tests/serve tests/unit/test_vllm_middleware.py -m "slow or not slow" -rs
+	.venv-vllm/bin/python -m pytest tests/serve tests/unit/test_vllm_middleware.py \
+		tests/unit/test_kv_vllm_config.py tests/unit/test_kv_vllm_attention.py -m "slow or not slow" -rs
 	.venv-vllm/bin/python -m pytest tests/unit/test_kv_triton.py -rs
 
 lint: .venv/.ready ## style, import rules, types
