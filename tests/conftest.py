@@ -6,6 +6,8 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["HAYSTACK_TELEMETRY_ENABLED"] = "False"
+# Threads that spin while they wait make tests of tiny models crawl on a busy machine.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import socket
 import string

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-_ROWS = 128  # queries at a time, so that logits take memory in proportion to the tokens
+_ROWS = 64  # queries at a time; more of them see more tokens that are hidden from some
 
 
 def prefill(
@@ -34,9 +34,9 @@ def prefill(
         F and at least S − N.
     total: S.
     """
-    if not whole_from.any():
-        return dense(queries, near_keys, near_values, scale)
     count, first = queries.shape[1], total - queries.shape[1]
+    if not first and not whole_from.any():
+        return dense(queries, near_keys, near_values, scale)
     positions = torch.arange(total, device=queries.device)
     near_start, starts = total - near_keys.shape[1], whole_from.tolist()
     grouped = torch.unflatten(queries, 0, (near_keys.shape[0], -1))  # [H, group, T, D]
@@ -44,37 +44,66 @@ def prefill(
     for low in range(0, count, _ROWS):
         high = min(low + _ROWS, count)
         rows = grouped[:, :, low:high].flatten(1, 2)  # [H, group · rows, D]
-        far, near = slice(0, starts[high - 1]), slice(starts[low], first + high)
-        at = slice(near.start - near_start, near.stop - near_start)
+        near = slice(starts[low], first + high)
         begin, now = whole_from[low:high, None], positions[first + low : first + high, None]
-        hidden = torch.cat(
-            [positions[far] >= begin, (positions[near] < begin) | (positions[near] > now)], -1
-        )  # [rows, tokens]
-        logits = torch.cat(
-            [rows @ keys[:, far].transpose(1, 2), rows @ near_keys[:, at].transpose(1, 2)], -1
-        ).float()
-        logits = torch.unflatten(logits, 1, (-1, high - low)).mul_(scale)
-        weights = logits.masked_fill_(hidden, -math.inf).softmax(-1).to(values.dtype).flatten(1, 2)
-        mixed = weights[..., : far.stop] @ values[:, far]
-        mixed += weights[..., far.stop :] @ near_values[:, at]
+        at = slice(near.start - near_start, near.stop - near_start)
+        hidden = (positions[near] < begin) | (positions[near] > now)
+        mixed, log_sum = _part(rows, near_keys[:, at], near_values[:, at], hidden, scale)
+        if far := starts[high - 1]:
+            hidden = positions[:far] >= begin
+            afar, log_far = _part(rows, keys[:, :far], values[:, :far], hidden, scale)
+            share = torch.sigmoid(log_far - log_sum)  # of the exponentials' sum that is far
+            none = (whole_from[low:high] == 0).repeat(grouped.shape[1])
+            share = share.masked_fill(none, 0.0)[..., None].to(mixed.dtype)
+            mixed = torch.lerp(mixed, afar, share)
         out[:, :, low:high] = torch.unflatten(mixed, 1, (-1, high - low))
     return out.flatten(0, 1)
 
 
-def dense(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
-    """Causal attention of the last T of N tokens, all whole, [heads, T, D].
+def _part(
+    rows: Tensor, keys: Tensor, values: Tensor, hidden: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attention over some of the tokens, and the log of its sum of exponentials.
 
-    queries: [heads, T, D].   keys, values: [H, N, D].
+    rows: [H, group · rows, D].   keys, values: [H, N, D].   hidden: bool [rows, N].
+    Returns [H, group · rows, D] and float32 [H, group · rows]. A row that sees none of the tokens
+    gets something finite in both.
     """
-    count, total, mask = queries.shape[1], keys.shape[1], None
-    if count < total:
-        mask = torch.ones(count, total, dtype=torch.bool, device=keys.device).tril(total - count)
+    bias = torch.zeros(hidden.shape, dtype=rows.dtype, device=rows.device)
+    bias = bias.masked_fill_(hidden, -math.inf).repeat(rows.shape[1] // len(hidden), 1)
+    way = _by_sdpa if rows.device.type == "cpu" else _by_hand
+    return way(rows, keys, values, bias, scale)
+
+
+def _by_sdpa(
+    rows: Tensor, keys: Tensor, values: Tensor, bias: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """SDPA's kernel for the CPU, which keeps the sums to itself unless asked by its own name."""
+    out, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        rows[None], keys[None], values[None], attn_mask=bias[None, None], scale=scale
+    )
+    return out[0], log_sum[0]
+
+
+def _by_hand(
+    rows: Tensor, keys: Tensor, values: Tensor, bias: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    logits = (rows @ keys.transpose(1, 2)).float() * scale + bias
+    log_sum = logits.logsumexp(-1).nan_to_num(neginf=0.0)
+    weights = (logits - log_sum[..., None]).exp()
+    return weights.to(values.dtype) @ values, log_sum
+
+
+def dense(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+    """Causal attention of tokens over themselves, all whole, [heads, T, D].
+
+    queries: [heads, T, D].   keys, values: [H, T, D].
+    """
     out = scaled_dot_product_attention(
         queries[None],  # its fast ways take four dimensions
         keys[None],
         values[None],
-        mask,
-        is_causal=mask is None,
+        is_causal=True,
         scale=scale,
         enable_gqa=len(queries) != len(keys),
     )

@@ -10,7 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from rag_prune.kv import prefill as module
 from rag_prune.kv.config import KVPruneConfig
-from rag_prune.kv.prefill import prefill
+from rag_prune.kv.prefill import _by_hand, _by_sdpa, prefill
 from rag_prune.kv.spec import PageSpec
 
 HEADS, KV_HEADS, SIZE, SCALE = 6, 2, 16, 0.3
@@ -120,3 +120,23 @@ def test_sixteen_bit_tensors_stay_within_their_precision():
     assert got.dtype == torch.bfloat16
     want = oracle(*tensors, whole_from)
     close(got.float(), want, 0.03)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_both_ways_to_attend_to_a_part_agree(dtype):
+    """The one of the CPU, and the one of every other device; both where a row sees nothing."""
+    torch.manual_seed(0)
+    rows, keys, values = (torch.randn(2, n, 16).to(dtype) for n in (15, 40, 40))
+    bias = torch.zeros(15, 40, dtype=dtype)
+    bias[torch.rand(15, 40) < 0.5] = -torch.inf
+    bias[7] = -torch.inf
+    out, log_sum = _by_sdpa(rows, keys, values, bias, 0.25)
+    by_hand, log_by_hand = _by_hand(rows, keys, values, bias, 0.25)
+    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+    sees = torch.arange(15) != 7
+    torch.testing.assert_close(out[:, sees], by_hand[:, sees], atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(
+        log_sum[:, sees], log_by_hand[:, sees], atol=tolerance, rtol=tolerance
+    )
+    for x in (out, log_sum, by_hand, log_by_hand):
+        assert x.isfinite().all()
