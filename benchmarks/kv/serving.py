@@ -73,10 +73,11 @@ class Engine:
             dtype="float32",
             enforce_eager=True,
             enable_prefix_caching=False,
+            use_tqdm_on_load=False,
             additional_config={} if pruning is None else {"prunekit_kv": pruning},
             **arguments,
         )
-        self.core = self.llm.llm_engine.engine_core.engine_core  # type: ignore[attr-defined]
+        self.core = self.llm.llm_engine.engine_core.engine_core
         self.config = self.core.vllm_config
         self.steps: list[tuple[float, float, Any]] = []  # when, attention so far, what is to do
         self.attention = 0.0
@@ -131,29 +132,32 @@ class Engine:
 
     def answer(self, requests: list[Request]) -> list[tuple[list[int], list[float]]]:
         """Greedy tokens and their log-probabilities."""
+        return [
+            (
+                list(answer.token_ids),
+                [of[i].logprob for i, of in zip(answer.token_ids, answer.logprobs, strict=True)],
+            )
+            for answer in self._generated(requests, logprobs=0)
+        ]
+
+    def _generated(self, requests: list[Request], logprobs: int | None = None) -> list[Any]:
         from vllm import SamplingParams
 
         outputs = self.llm.generate(
             [{"prompt_token_ids": prompt} for prompt, _ in requests],
             [
-                SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, logprobs=0)
-                for _, tokens in requests
+                SamplingParams(temperature=0, max_tokens=n, ignore_eos=True, logprobs=logprobs)
+                for _, n in requests
             ],
             use_tqdm=False,
         )
-        return [
-            (
-                list(o.token_ids),
-                [p[i].logprob for i, p in zip(o.token_ids, o.logprobs, strict=True)],
-            )
-            for o in (output.outputs[0] for output in outputs)
-        ]
+        return [output.outputs[0] for output in outputs]
 
     def load(self, requests: list[Request]) -> dict[str, float]:
         """What became of a round; seconds, and counts."""
         self.steps.clear()
         started = time.perf_counter()
-        self.answer(requests)
+        self._generated(requests)
         ended = time.perf_counter()
         attention = self.attention - self.steps[0][1]
         ends = [(at, spent) for at, spent, _ in self.steps[1:]] + [(ended, self.attention)]
@@ -327,7 +331,7 @@ def loads(
         memory = {name: ask("capacity") for name, ask in up.items()}
         threads = {ask("threads") for ask in up.values()}
         for ask in up.values():
-            ask("answer", asked[:2])  # not timed: what is built or laid out at first use
+            ask("load", asked[:2])  # not counted: what is built or laid out at first use
             ask.waiting[:] = 0
         for _ in range(rounds):
             for name, ask in up.items():
@@ -345,7 +349,12 @@ def loads(
                         for of, stock in zip(of_rounds, found["stock"], strict=True)
                     ]
                 )
-                for key in ("tokens_per_second", "decode_tokens_per_second", "decode_batch")
+                for key in (
+                    "tokens_per_second",
+                    "decode_tokens_per_second",
+                    "decode_batch",
+                    "decode_attention_seconds_a_token",
+                )
             },
             "bytes_over_stock": round(bytes_ratio, 3),
             "bounds_of_decode": {
@@ -392,9 +401,9 @@ def show(report: dict[str, Any]) -> None:
         times, bounds = of["times_stock"], of["bounds_of_decode"]
         print(
             f"load {name:20} x{times['tokens_per_second']['median']:.2f} tokens/s, decode "
-            f"x{times['decode_tokens_per_second']['median']:.2f} (bounds: "
-            f"{bounds['batch_limited_by_memory']:.2f}, at equal batch {bounds['equal_batch']:.2f}), "
-            f"batch {of['decode_batch']['median']:.1f}, attention "
+            f"x{times['decode_tokens_per_second']['median']:.2f} (bounds "
+            f"{bounds['batch_limited_by_memory']:.2f}, at equal batch "
+            f"{bounds['equal_batch']:.2f}), batch {of['decode_batch']['median']:.1f}, attention "
             f"{of['decode_attention_share']['median']:.0%} of decode, "
             f"{of['preemptions']['median']:.0f} preemptions"
         )
@@ -420,7 +429,7 @@ def main() -> None:
     with TemporaryDirectory() as folder:
         engines = with_masks(calibrated(calibration, Path(folder)))
         report = {
-            "pool_bytes": POOL,  # of the load: there
+            "pool_bytes": POOL,
             "capacity": capacities(engines),
             "identity": identity(ids),
         }
