@@ -187,7 +187,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         masks, random = Path(folder, "masks.safetensors"), Path(folder, "random.safetensors")
         with gzip.open(arguments.calibration, "rt", encoding="utf-8") as file:
-            text = file.read()[:200_000]
+            text = file.read()[:100_000]
         calibrate_masks(model, subject.tokenizer, [text], masks)
         generator = torch.Generator().manual_seed(0)
         shape = (model.config.num_hidden_layers, model.config.num_key_value_heads, 64)
