@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -295,12 +295,20 @@ class PrunedCache(Cache):
     config: see KVPruneConfig.
     eviction: tokens of the prompt that go before anything else is pruned; none if None.
 
-    Raises InputError for a model whose cache cannot be pruned, or masks made for another one.
+    Raises InputError for a model whose cache cannot be pruned, masks made for another one, or a
+    configuration of another method than the class is for.
     """
+
+    method: ClassVar[str | None] = None  # any
 
     def __init__(
         self, model_config: Any, config: KVPruneConfig, *, eviction: SnapKV | None = None
     ) -> None:
+        if self.method is not None and config.method not in (self.method, "none"):
+            raise InputError(
+                f"{type(self).__name__} is for method {self.method!r}, got {config.method!r}: use "
+                f"the other cache, or the one that enable_kv_pruning makes."
+            )
         text = model_config.get_text_config(decoder=True)
         check_model(text, config)
         if eviction is not None and config.method == "think" and config.policy == "causal":
@@ -336,29 +344,15 @@ class PrunedCache(Cache):
 
 
 class ThinKCache(PrunedCache):
-    """A cache whose keys have fewer channels (ThinK); see PrunedCache.
+    """A cache whose keys have fewer channels; see PrunedCache."""
 
-    Raises InputError for a configuration of another method.
-    """
-
-    def __init__(
-        self, model_config: Any, config: KVPruneConfig, *, eviction: SnapKV | None = None
-    ) -> None:
-        _check_method(config, "think", type(self).__name__)
-        super().__init__(model_config, config, eviction=eviction)
+    method = "think"
 
 
 class MustafarCache(PrunedCache):
-    """A cache whose tokens keep their largest entries (Mustafar); see PrunedCache.
+    """A cache whose tokens keep their largest entries; see PrunedCache."""
 
-    Raises InputError for a configuration of another method.
-    """
-
-    def __init__(
-        self, model_config: Any, config: KVPruneConfig, *, eviction: SnapKV | None = None
-    ) -> None:
-        _check_method(config, "mustafar", type(self).__name__)
-        super().__init__(model_config, config, eviction=eviction)
+    method = "mustafar"
 
 
 def enable_kv_pruning(
@@ -390,14 +384,6 @@ def check_model(text_config: Any, config: KVPruneConfig) -> None:
             f"their cache is small already and is not pruned."
         )
     PageSpec.of(config, head_size=_head_size(text_config), block_size=BLOCK, itemsize=4)
-
-
-def _check_method(config: KVPruneConfig, method: str, cache: str) -> None:
-    if config.method not in (method, "none"):
-        raise InputError(
-            f"{cache} is for method {method!r}, got {config.method!r}: use the other cache, or "
-            f"the one that enable_kv_pruning makes."
-        )
 
 
 def _head_size(text_config: Any) -> int:
