@@ -371,7 +371,7 @@ def loads(
         "pool_bytes": LOAD_POOL,
         "rounds": rounds,
         "threads": sorted(threads),
-        "most_of_a_core_while_waiting": round(spun, 4),
+        "most_of_a_core_while_waiting": round(float(spun), 4),
         "load_average": {"before": before, "after": os.getloadavg()[0]},
     }
 
@@ -413,7 +413,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--text", type=Path, required=True, help="gzipped text of the prompts")
     parser.add_argument("--calibration", type=Path, required=True, help="gzipped, of the masks")
-    parser.add_argument("--requests", type=int, default=24, help="of the load")
+    parser.add_argument("--requests", type=int, default=32, help="of the load")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--skip-load", action="store_true")
     parser.add_argument("--out", type=Path, default=HERE)
