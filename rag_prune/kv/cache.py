@@ -205,9 +205,11 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             self._store(row, chunk, queries, keys, values)
             return out
         chunk = Chunk.of(self.store.spec, self.config, self.table[row], past, total)
-        ring = None if self.store.ring is None else self.store.ring[row : row + 1].clone()
+        ring = before = None
+        if self.store.ring is not None and self.rings is not None:
+            ring, before = self.rings[row], self.store.ring[row : row + 1].clone()
         self._store(row, chunk, queries, keys, values)
-        return attend(self.store, chunk, ring, queries, keys, values, scale)
+        return attend(self.store, self.kernels, chunk, ring, before, queries, keys, values, scale)
 
     def _store(self, row: int, chunk: Chunk, queries: Tensor, keys: Tensor, values: Tensor) -> None:
         if self.store.spec.thin_keys:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rag_prune.kv import channels, pages
 from rag_prune.kv.config import KVPruneConfig
+from rag_prune.kv.kernels import Kernels
 from rag_prune.kv.pages import Storage
 from rag_prune.kv.prefill import prefill
 from rag_prune.kv.spec import STEP, PageSpec
@@ -22,9 +23,7 @@ class Chunk:
     total: int  # and after it
     table: Tensor  # the sequence's pages, [ceil(total / block_size)] or more
     whole_from: Tensor  # int64 [total − past], see `prefill`
-    far: int  # tokens that some query reads from afar
     near: int  # the first token that some query reads whole
-    restored: Tensor  # past tokens that are read whole: sinks, then those from `near` on
     begun: range  # places in `table` of the pages that begin here
 
     @classmethod
@@ -33,22 +32,19 @@ class Chunk:
     ) -> Chunk:
         """Under policy "prompt" of ThinK a call's own tokens are all whole, as in the paper."""
         whole_from = torch.zeros(total - past, dtype=torch.int64, device=table.device)
-        far = near = 0
+        near = 0
         if spec.prunes:
             whole_from = torch.arange(past + 1, total + 1, device=table.device) - spec.recent
             whole_from = whole_from.clamp_(min=0) // STEP * STEP
-            far, near = spec.cut(total - 1), spec.cut(past)
+            near = spec.cut(past)
             if config.method == "think" and config.policy == "prompt":
-                whole_from, far = whole_from.clamp_(max=past), min(far, past)
-        sinks = torch.arange(min(spec.sinks, far, past), device=table.device)
+                whole_from = whole_from.clamp_(max=past)
         return cls(
             past=past,
             total=total,
             table=table,
             whole_from=whole_from,
-            far=far,
             near=near,
-            restored=torch.cat([sinks, torch.arange(near, past, device=table.device)]),
             begun=range(-(-past // spec.block_size), -(-total // spec.block_size)),
         )
 
@@ -86,8 +82,10 @@ def choose(
 
 def attend(
     store: Storage,
+    kernels: Kernels,
     chunk: Chunk,
     ring: Tensor | None,
+    before: Tensor | None,
     queries: Tensor,
     keys: Tensor,
     values: Tensor,
@@ -95,38 +93,37 @@ def attend(
 ) -> Tensor:
     """Attention of the chunk's tokens, which are written, [heads, T, D].
 
-    ring: uint8 [n, H, bytes], a copy of the sequence's ring from before they were: writing takes
+    ring: int [n], the blocks of the sequence's ring.
+    before: uint8 [n, H, bytes], a copy of them from before the tokens were written, which takes
         slots of tokens that the first queries still read whole.
     queries: [heads, T, D].   keys, values: [H, T, D], whole.
     """
     size, past, near = store.spec.block_size, chunk.past, chunk.near
-    far_keys, far_values = pages.read(store, chunk.table[: -(-max(chunk.far, past) // size)])
-    near_keys, near_values = far_keys[:, near:past], far_values[:, near:past]
-    at = chunk.restored
-    if ring is not None and len(at):
-        whole_keys, whole_values = pages.restore(
-            Storage(store.spec, store.dtype, store.pages, ring),
+    first = near // size
+    near_keys, near_values = (
+        x[:, near - first * size : past - first * size]
+        for x in pages.read(store, chunk.table[first : -(-past // size)])
+    )
+    if before is not None and near < past:
+        at = torch.arange(near, past, device=queries.device)
+        near_keys, near_values = pages.restore(
+            Storage(store.spec, store.dtype, store.pages, before),
             chunk.table[at // size],
-            torch.arange(len(ring), device=at.device),
+            torch.arange(len(before), device=at.device),
             at,
-            far_keys[:, at],
-            far_values[:, at],
+            near_keys,
+            near_values,
         )
-        sinks = len(at) - (past - near)
-        near_keys, near_values = whole_keys[:, sinks:], whole_values[:, sinks:]
-        far_keys[:, :sinks], far_values[:, :sinks] = whole_keys[:, :sinks], whole_values[:, :sinks]
-    if past < (end := min(store.spec.sinks, chunk.far)):  # sinks among the new tokens
-        far_keys[:, past:end], far_values[:, past:end] = (
-            keys[:, : end - past],
-            values[:, : end - past],
-        )
+
+    def afar(tiles: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        return kernels.afar(store, tiles, chunk.table, lengths, ring, scale)
+
     return prefill(
         queries,
-        far_keys[:, : chunk.far],
-        far_values[:, : chunk.far],
         torch.cat([near_keys, keys.to(near_keys.dtype)], 1),
         torch.cat([near_values, values.to(near_values.dtype)], 1),
         chunk.whole_from,
         scale,
         chunk.total,
+        afar,
     )

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rag_prune.kv import mustafar
+from rag_prune.kv import mustafar, partial
 from rag_prune.kv.spec import PageSpec
 from rag_prune.kv.think import others
 
@@ -262,3 +262,46 @@ def _decode_one(
         out = out * (total - new).exp() + (logits - new).exp() @ values.float()
         total = new
     return out.flatten(0, 1).to(query.dtype)
+
+
+def afar(
+    store: Storage,
+    queries: Tensor,
+    table: Tensor,
+    lengths: Tensor,
+    ring: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Attention to the first tokens of one sequence as they are read from afar: sinks alone whole.
+
+    queries: [R, heads, n, D], which all see the first lengths[r] tokens and no others.
+    table: int [pages], of the sequence.   lengths: int [R], 0 or more.
+    ring: int [n], of the sequence.
+
+    Returns [R, heads, n, D], and the log of the sum of exponentials, float32 [R, heads, n], which
+    is −inf where there are no tokens.
+    """
+    spec, kv_heads = store.spec, store.pages.shape[1]
+    most = int(lengths.max())
+    keys, values = read(store, table[: -(-most // spec.block_size)])
+    sinks = torch.arange(min(spec.sinks, most), device=keys.device)
+    if ring is not None and len(sinks):
+        pages = table[sinks // spec.block_size]
+        keys[:, sinks], values[:, sinks] = restore(
+            store, pages, ring, sinks, keys[:, sinks], values[:, sinks]
+        )
+    out = torch.zeros_like(queries)
+    log_sums = torch.full(queries.shape[:-1], -math.inf, device=queries.device)
+    for r, length in enumerate(lengths.tolist()):
+        if length:
+            rows = torch.unflatten(queries[r], 0, (kv_heads, -1)).flatten(1, 2)
+            part, log_sum = partial.attend(
+                rows,
+                keys[:, :length].to(rows.dtype),
+                values[:, :length].to(rows.dtype),
+                None,
+                scale,
+            )
+            out[r] = part.reshape(queries[r].shape)
+            log_sums[r] = log_sum.reshape(log_sums[r].shape)
+    return out, log_sums

@@ -462,9 +462,11 @@ class PrunedAttention(AttentionImpl):  # type: ignore[misc]
         before = [self._ring_of(row, chunk, rings) for row, _, chunk in batch.chunks]
         of_tokens = None if rings is None else rings.of_tokens
         self.ops.write(store, batch.blocks, batch.positions, batch.totals, of_tokens, key, value)
-        for (_, at, chunk), ring in zip(batch.chunks, before, strict=True):
+        for (row, at, chunk), was in zip(batch.chunks, before, strict=True):
+            ring = None if rings is None else rings.table[row]
             new = queries[:, at], keys[:, at], values[:, at]
-            output[at] = attend(store, chunk, ring, *new, self.scale).transpose(0, 1)
+            attended = attend(store, self.ops, chunk, ring, was, *new, self.scale)
+            output[at] = attended.transpose(0, 1)
         if rows := batch.decodes:
             table = None if rings is None else rings.table[:rows]
             output[:rows] = self.ops.decode(
@@ -484,7 +486,7 @@ class PrunedAttention(AttentionImpl):  # type: ignore[misc]
 
     def _ring_of(self, row: int, chunk: Chunk, rings: Rings | None) -> Tensor | None:
         """A copy of the sequence's ring, see `attend`; None if the chunk needs none."""
-        if rings is None or self.store.ring is None or not len(chunk.restored):
+        if rings is None or self.store.ring is None or chunk.near == chunk.past:
             return None
         return self.store.ring[rings.table[row].long()]
 

@@ -146,6 +146,14 @@ def test_as_pages(build, dtype, kernels):
             assert torch.equal(ours.store.ring, theirs.store.ring)
             ours.store.ring[::3] = theirs.store.ring[::3] = 0  # as after a prefix of others'
         agree(ours.decoded(cpu.decode, queries), theirs.decoded(pages.decode, queries))
+        asked = torch.randn(4, 2 * group, 16, size), ours.table[0], torch.tensor([0, 16, 37, 144])
+        ring = ours.rings[0] if ours.spec.prunes else None
+        for found, wanted in zip(
+            cpu.afar(ours.store, *asked, ring, 0.2),
+            pages.afar(theirs.store, *asked, ring, 0.2),
+            strict=True,
+        ):
+            agree(found, wanted)
 
 
 @needs_compiler

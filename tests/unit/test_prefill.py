@@ -8,9 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
+from rag_prune.kv import partial
 from rag_prune.kv import prefill as module
 from rag_prune.kv.config import KVPruneConfig
-from rag_prune.kv.prefill import _by_hand, _by_sdpa, prefill
+from rag_prune.kv.partial import _by_hand, _by_sdpa
+from rag_prune.kv.prefill import prefill
 from rag_prune.kv.spec import PageSpec
 
 HEADS, KV_HEADS, SIZE, SCALE = 6, 2, 16, 0.3
@@ -45,20 +47,34 @@ def oracle(queries, keys, values, far_keys, far_values, whole_from):
     return out.float()
 
 
-def call(tensors, whole_from, first, last, spare=(0, 0)):
-    """The queries from `first` to `last`, given no more tokens than they need, and `spare`."""
+def call(tensors, whole_from, first, last, spare=0):
+    """The queries from `first` to `last`, given the whole tokens that they need, and `spare`."""
     queries, keys, values, far_keys, far_values = tensors
-    far = min(last, int(whole_from[last - 1]) + spare[0])
-    near = max(0, int(whole_from[first]) - spare[1])
+    near = max(0, int(whole_from[first]) - spare)
+
+    def afar(tiles, lengths):
+        out, log_sums = torch.zeros_like(tiles), torch.full(tiles.shape[:-1], -torch.inf)
+        for tile, length in enumerate(lengths.tolist()):
+            assert length <= int(whole_from[last - 1])
+            if length:
+                rows = tiles[tile].unflatten(0, (KV_HEADS, -1)).flatten(1, 2)
+                part = partial.attend(
+                    rows, far_keys[:, :length], far_values[:, :length], None, SCALE
+                )
+                out[tile], log_sums[tile] = (
+                    x.reshape(y.shape)
+                    for x, y in zip(part, (out[tile], log_sums[tile]), strict=True)
+                )
+        return out, log_sums
+
     return prefill(
         queries[:, first:last],
-        far_keys[:, :far],
-        far_values[:, :far],
         keys[:, near:last],
         values[:, near:last],
         whole_from[first:last],
         SCALE,
         last,
+        afar,
     )
 
 
@@ -81,11 +97,13 @@ def test_each_query_reads_its_own_window_whole(recent):
     close(call(tensors, whole_from, 39, 40), want[:, 39:])
 
 
-def test_windows_may_begin_anywhere():
-    tensors = made(12)
-    whole_from = torch.tensor([0, 0, 1, 1, 4, 4, 4, 6, 7, 8, 10, 11])
+@pytest.mark.parametrize("past", [1, 16, 37, 50])
+def test_a_call_whose_own_tokens_are_whole(past):
+    tensors = made(90)
+    whole_from = starts(90, 20)
+    whole_from[past:] = whole_from[past:].clamp(max=past)
     want = oracle(*tensors, whole_from)
-    close(call(tensors, whole_from, 0, 12), want)
+    close(call(tensors, whole_from, past, 90), want[:, past:])
 
 
 @settings(derandomize=True, deadline=None, max_examples=60)
@@ -93,7 +111,7 @@ def test_windows_may_begin_anywhere():
     st.data(),
     st.integers(1, 90),
     st.integers(1, 50),
-    st.tuples(st.integers(0, 20), st.integers(0, 20)),
+    st.integers(0, 20),
 )
 def test_chunks_give_what_one_call_gives(data, tokens, recent, spare):
     tensors, whole_from = made(tokens, seed=tokens), starts(tokens, recent)

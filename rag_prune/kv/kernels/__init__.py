@@ -13,10 +13,11 @@ from rag_prune.kv import pages
 
 @dataclass(frozen=True)
 class Kernels:
-    """Stand-ins for `pages.write` and `pages.decode`: the same arguments, the same results."""
+    """Stand-ins for the functions of `pages`: the same arguments, the same results."""
 
     write: Callable[..., None]
     decode: Callable[..., Tensor]
+    afar: Callable[..., tuple[Tensor, Tensor]]
 
 
 def choose(device: torch.device) -> Kernels:
@@ -24,9 +25,9 @@ def choose(device: torch.device) -> Kernels:
     if device.type == "cpu":
         from rag_prune.kv.kernels import cpu
 
-        return Kernels(cpu.write, cpu.decode)
+        return Kernels(cpu.write, cpu.decode, cpu.afar)
     if device.type == "cuda":
         from rag_prune.kv.kernels import gpu
 
-        return Kernels(pages.write, gpu.decode)
-    return Kernels(pages.write, pages.decode)
+        return Kernels(pages.write, gpu.decode, pages.afar)
+    return Kernels(pages.write, pages.decode, pages.afar)

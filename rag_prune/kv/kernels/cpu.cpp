@@ -13,6 +13,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -39,6 +40,7 @@ namespace {
 constexpr int TILE = 128;     // tokens whose weights are computed together
 constexpr int HEAD = 256;     // the largest head
 constexpr int MAX_GROUP = 8;  // query heads that share registers
+constexpr float LN2 = 0.693147181f;
 constexpr float NONE = -std::numeric_limits<float>::infinity();
 
 // ---------------------------------------------------------------------------- vectors
@@ -490,7 +492,7 @@ struct Task {
   int head, first, last;
   const float* queries;
   float* out;     // [heads][head_size]
-  float* totals;  // [heads][2], highest logit and sum; null if this task is all of the sequence
+  float* totals;  // [heads][2], highest logit, in powers of two, and sum relative to it
 };
 
 template <int G>
@@ -501,10 +503,8 @@ void attend(const Layout& at, const Sequence& sequence, const Task& task, float 
     const float sum = attention.sum[g], share = sum > 0 ? 1 / sum : 0;  // zeros without tokens
     float* out = task.out + g * at.head_size;
     for (int c = 0; c < at.head_size; c++) out[c] = attention.out[g][c] * share;
-    if (task.totals) {
-      task.totals[2 * g] = attention.top[g];
-      task.totals[2 * g + 1] = sum;
-    }
+    task.totals[2 * g] = attention.top[g];
+    task.totals[2 * g + 1] = sum;
   }
 }
 
@@ -516,7 +516,8 @@ void attend(const Layout& at, const Sequence& sequence, const Task& task, int gr
 }
 
 // Joins what the parts of a sequence gave, each already divided by its own sum.
-void join(const float* outs, const float* totals, int parts, int64_t stride, int size, float* out) {
+// Leaves the highest logit where that of the first part was, and returns the sum relative to it.
+float join(const float* outs, float* totals, int parts, int64_t stride, int size, float* out) {
   float top = NONE, sum = 0;
   for (int p = 0; p < parts; p++) top = std::max(top, totals[p * stride * 2]);
   std::fill_n(out, size, 0.0f);
@@ -528,6 +529,8 @@ void join(const float* outs, const float* totals, int parts, int64_t stride, int
     for (int c = 0; c < size; c++) out[c] += weight * outs[p * stride * size + c];
   }
   for (int c = 0; c < size; c++) out[c] /= sum;
+  totals[0] = top;
+  return sum;
 }
 
 // ---------------------------------------------------------------------------- writing
@@ -624,17 +627,17 @@ void write_one(const Layout& at, const Token& token, int head, const Entry* key,
 // ---------------------------------------------------------------------------- what cpu.py calls
 extern "C" {
 
-// queries, out: float32 [rows][heads][head_size], contiguous.
+// queries, out: float32 [rows][heads][head_size], contiguous. log_sums: float32 [rows][heads], of
+// the exponentials of all logits; null if they are not asked for.
 void prunekit_decode(const Layout* layout, int64_t rows, int64_t heads, float scale, int64_t parts,
                      const float* queries, const int32_t* table, int64_t table_stride,
                      const int32_t* lengths, const int32_t* rings, int64_t rings_stride,
-                     float* out) {
+                     float* out, float* log_sums) {
   const Layout& at = *layout;
   const int size = (int)at.head_size, group = (int)(heads / at.kv_heads);
   const int chunks = (group + MAX_GROUP - 1) / MAX_GROUP;  // of the heads that share a KV head
   const int64_t stride = rows * heads;                     // of a part, in heads
-  std::vector<float> outs(parts > 1 ? parts * stride * size : 0),
-      totals(parts > 1 ? parts * stride * 2 : 0);
+  std::vector<float> outs(parts > 1 ? parts * stride * size : 0), totals(parts * stride * 2);
   const int64_t tasks = rows * at.kv_heads * chunks * parts;
 #pragma omp parallel for schedule(dynamic) num_threads((int)at.threads)
   for (int64_t i = 0; i < tasks; i++) {
@@ -650,13 +653,15 @@ void prunekit_decode(const Layout* layout, int64_t rows, int64_t heads, float sc
     Task task{(int)head, first,  std::min(last, sequence.length), queries + first_head * size,
               nullptr,   nullptr};
     task.out = parts > 1 ? &outs[(part * stride + first_head) * size] : out + first_head * size;
-    task.totals = parts > 1 ? &totals[(part * stride + first_head) * 2] : nullptr;
+    task.totals = &totals[(part * stride + first_head) * 2];
     const int these = std::min(MAX_GROUP, group - (int)chunk * MAX_GROUP);
     attend(at, sequence, task, these, scale);
   }
-  if (parts == 1) return;
-  for (int64_t i = 0; i < stride; i++)
-    join(&outs[i * size], &totals[i * 2], (int)parts, stride, size, out + i * size);
+  for (int64_t i = 0; i < stride; i++) {
+    float sum = totals[i * 2 + 1];
+    if (parts > 1) sum = join(&outs[i * size], &totals[i * 2], (int)parts, stride, size, out + i * size);
+    if (log_sums) log_sums[i] = totals[i * 2] * LN2 + std::log(sum);
+  }
 }
 
 // keys, values: of the entries' type, [tokens][kv_heads][head_size], the last dimension contiguous.

@@ -91,23 +91,72 @@ def decode(
     kernels = _kernels(store.dtype)
     if kernels is None:
         return pages.decode(store, queries, table, lengths, rings, scale)
+    lengths = _dense(lengths, torch.int32)
+    parts = _parts(lengths, len(lengths) * store.pages.shape[1])
+    return _decode(kernels, store, queries, table, lengths, rings, scale, parts)[0]
+
+
+def afar(
+    store: Storage,
+    queries: Tensor,
+    table: Tensor,
+    lengths: Tensor,
+    ring: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """`pages.afar`: the same arguments, and the same result but for rounding.
+
+    A head's queries are to the kernel so many heads that share a key, so that it reads a page once
+    for several of them.
+    """
+    kernels = _kernels(store.dtype)
+    if kernels is None:
+        return pages.afar(store, queries, table, lengths, ring, scale)
+    rows = len(lengths)
+    out, log_sums = _decode(
+        kernels,
+        store,
+        queries.flatten(1, 2),
+        table.expand(rows, -1),
+        _dense(lengths, torch.int32),
+        None if ring is None else ring.expand(rows, -1),
+        scale,
+        parts=1,
+        window=False,
+    )
+    return out.view(queries.shape), log_sums.view(queries.shape[:-1])
+
+
+def _decode(
+    kernels: Any,
+    store: Storage,
+    queries: Tensor,
+    table: Tensor,
+    lengths: Tensor,
+    rings: Tensor | None,
+    scale: float,
+    parts: int,
+    window: bool = True,
+) -> tuple[Tensor, Tensor]:
     rows, heads, _ = queries.shape
     asked, out = queries.float().contiguous(), torch.empty(queries.shape)
-    table, lengths = _dense(table, torch.int32), _dense(lengths, torch.int32)
+    log_sums = torch.empty(rows, heads)
+    table = _dense(table, torch.int32)
     slots = None if rings is None or store.ring is None else _dense(rings, torch.int32)
     kernels.prunekit_decode(
-        _layout(store),
+        _layout(store, window),
         rows,
         heads,
         scale,
-        _parts(lengths, rows * store.pages.shape[1]),
+        parts,
         asked.data_ptr(),
         *_rows(table),
         lengths.data_ptr(),
         *_rows(slots),
         out.data_ptr(),
+        log_sums.data_ptr(),
     )
-    return out.to(queries.dtype)
+    return out.to(queries.dtype), log_sums
 
 
 def _parts(lengths: Tensor, pairs: int) -> int:
@@ -119,7 +168,8 @@ def _parts(lengths: Tensor, pairs: int) -> int:
     return max(1, min(wanted, int(lengths.max()) // _PART))
 
 
-def _layout(store: Storage) -> _Layout:
+def _layout(store: Storage, window: bool = True) -> _Layout:
+    """Without the window only sinks are read whole."""
     spec, ring = store.spec, store.ring
     here = (
         (0, 0, 0, 0) if ring is None else (ring.data_ptr(), *_strides(ring), store.slots_per_block)
@@ -132,9 +182,9 @@ def _layout(store: Storage) -> _Layout:
         spec.packed_keys,
         spec.values_offset,
         spec.ids_offset,
-        spec.recent,
+        spec.recent if window else 0,
         spec.sinks,
-        STEP,
+        STEP if window else 1,
         spec.window_slots,
         store.pages.shape[1],
         store.pages.data_ptr(),
@@ -259,7 +309,7 @@ def _open(path: Path) -> Any:
     layout = ctypes.POINTER(_Layout)
     library.prunekit_decode.argtypes = [
         *(layout, number, number, ctypes.c_float, number),
-        *(address, *rows, address, *rows, address),
+        *(address, *rows, address, *rows, address, address),
     ]
     library.prunekit_write.argtypes = [
         *(layout, number, address, address, address, *rows),
