@@ -395,17 +395,8 @@ def plan(
 
 def _fit(spec: PageSpec, heads: int, memory: int, context: int) -> Fit:
     """heads: KV heads of all layers.   memory: for the cache, in bytes."""
-    token = -(-spec.token_bytes // spec.itemsize) * spec.itemsize
+    token, ring_blocks = spec.served_token_bytes, spec.ring_blocks
     page = spec.block_size * token
-    ring_blocks = 0
-    if spec.prunes:
-        slots = page // spec.slot_bytes  # a slot lies in one block
-        if not slots:
-            raise InputError(
-                f"A page of {page} bytes cannot hold a slot of the ring, {spec.slot_bytes} bytes: "
-                f"choose a larger block size than {spec.block_size}, or smaller ratios."
-            )
-        ring_blocks = -(-spec.ring_slots // slots)
     blocks = memory // (page * heads)
     return Fit(
         token_bytes=token * heads,

@@ -118,6 +118,11 @@ class PageSpec:
         return self.block_size * self.token_bytes
 
     @property
+    def served_token_bytes(self) -> int:
+        """Of one token in a page of vLLM, which counts in whole entries."""
+        return -(-self.token_bytes // self.itemsize) * self.itemsize
+
+    @property
     def dense_token_bytes(self) -> int:
         return 2 * self.head_size * self.itemsize
 
@@ -135,6 +140,23 @@ class PageSpec:
     def ring_slots(self) -> int:
         """Slots of a sequence's ring: one a sink, then those of the window, by position."""
         return self.sinks + self.window_slots if self.prunes else 0
+
+    @property
+    def ring_blocks(self) -> int:
+        """Blocks of a sequence's ring in vLLM, where they are as large as pages; 0 without a ring.
+
+        Raises InputError if not even one slot lies in a block.
+        """
+        if not self.prunes:
+            return 0
+        page = self.block_size * self.served_token_bytes
+        slots = page // self.slot_bytes
+        if not slots:
+            raise InputError(
+                f"A page of {page} bytes cannot hold a slot of the ring, {self.slot_bytes} bytes: "
+                f"choose a larger block size than {self.block_size}, or smaller ratios."
+            )
+        return -(-self.ring_slots // slots)
 
     def cut(self, position: int) -> int:
         """The first token that the query at `position` reads whole; sinks apart."""

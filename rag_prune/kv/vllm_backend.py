@@ -11,7 +11,6 @@ Everything that leans on vLLM's insides is here and in `vllm_plugin`, which brin
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -124,7 +123,7 @@ def check(vllm_config: VllmConfig) -> None:
         if there:
             raise InputError(f"{KEY} does not go with {what} yet: do without one of them.")
     spec = _page_spec(asked.config, model.get_head_size(), cache.block_size, model.dtype)
-    if spec.prunes and vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
+    if spec.ring_blocks and vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
         raise InputError(
             f"{KEY} keeps two kinds of blocks, which needs vLLM's hybrid KV cache manager: leave "
             f"--disable-hybrid-kv-cache-manager out."
@@ -148,11 +147,6 @@ def _page_spec(
     config: KVPruneConfig, head_size: int, block_size: int, dtype: torch.dtype
 ) -> PageSpec:
     return PageSpec.of(config, head_size=head_size, block_size=block_size, itemsize=dtype.itemsize)
-
-
-def _token_bytes(spec: PageSpec) -> int:
-    """Of one token of a page in vLLM's count: whole entries."""
-    return math.ceil(spec.token_bytes / spec.itemsize) * spec.itemsize
 
 
 def _static_scores(vllm_config: VllmConfig, config: KVPruneConfig) -> Tensor:
@@ -217,20 +211,14 @@ class Ring(AttentionLayerBase):  # type: ignore[misc]
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> RingSpec:
         spec = self.spec(vllm_config.cache_config.block_size)
-        token = _token_bytes(spec)
         return RingSpec(
             block_size=spec.block_size,
             num_kv_heads=self.heads,
             head_size=spec.head_size,
             dtype=torch.uint8,  # other than the pages', so that vLLM zeroes new blocks
-            state_content_bytes=token,
-            blocks=_ring_blocks(spec),
+            state_content_bytes=spec.served_token_bytes,
+            blocks=spec.ring_blocks,
         )
-
-
-def _ring_blocks(spec: PageSpec) -> int:
-    slots = spec.block_size * _token_bytes(spec) // spec.slot_bytes
-    return math.ceil(spec.ring_slots / slots)
 
 
 # ------------------------------------------------------------------------------ a step's batch
@@ -552,7 +540,7 @@ class PrunedBackend(RingBackend):
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
         """Make a token cost what its share of a page does."""
         pruned = _page_spec(cls.config, spec.head_size, spec.block_size, spec.dtype)
-        smaller = replace(spec, state_content_bytes=_token_bytes(pruned))
+        smaller = replace(spec, state_content_bytes=pruned.served_token_bytes)
         if spec.state_content_bytes is None:
             _announce(cls.config, pruned, spec.page_size_bytes, smaller.page_size_bytes)
         return smaller
@@ -560,7 +548,6 @@ class PrunedBackend(RingBackend):
 
 def _announce(config: KVPruneConfig, spec: PageSpec, stock: int, pruned: int) -> None:
     policy = f", policy {config.policy}" if spec.thin_keys else ""
-    blocks = _ring_blocks(spec) if spec.prunes else 0
     logger.info_once(
         "prunekit KV: %s%s, page %d → %d bytes, ×%.2f tokens; ring %d block%s a sequence",
         config.method,
@@ -568,7 +555,7 @@ def _announce(config: KVPruneConfig, spec: PageSpec, stock: int, pruned: int) ->
         stock,
         pruned,
         stock / pruned,
-        blocks,
-        "s" * (blocks != 1),
+        spec.ring_blocks,
+        "s" * (spec.ring_blocks != 1),
         scope="global",
     )
