@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
@@ -34,7 +33,7 @@ from prune_core.provenance import provenance
 from prune_core.storage import read_jsonl, write_json
 from rag_prune.context.evaluate import mean_interval
 from rag_prune.kv import KVPruneConfig, calibrate_masks, enable_kv_pruning
-from rag_prune.kv.masks import model_fingerprint
+from rag_prune.kv.masks import save_masks
 from rag_prune.kv.think import best_channels, channel_scores
 
 HERE = Path(__file__).parent / "results"
@@ -191,8 +190,7 @@ def main() -> None:
         calibrate_masks(model, subject.tokenizer, [text], masks)
         generator = torch.Generator().manual_seed(0)
         shape = (model.config.num_hidden_layers, model.config.num_key_value_heads, 64)
-        told = {"format": "prunekit-kv-masks-1", "model": model_fingerprint(model.config)}
-        save_file({"scores": torch.rand(shape, generator=generator)}, random, told)
+        save_masks(torch.rand(shape, generator=generator), random, model.config)
         for name, options in tqdm(configs(masks, random).items(), desc="pruned"):
             new_cache = enable_kv_pruning(model, KVPruneConfig(**options))
             row = subject.compare(subject.by_cache(new_cache))

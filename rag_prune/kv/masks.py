@@ -94,18 +94,20 @@ def calibrate_masks(
         for piece in tqdm(pieces, desc="calibrating", disable=not progress):
             model(piece[None].to(model.device), use_cache=False, logits_to_keep=1)
     scores = torch.stack([sums[i] for i in range(text_config.num_hidden_layers)]) / len(pieces)
-    content = save(
-        {"scores": scores},
-        {
-            "format": _FORMAT,
-            "model": model_fingerprint(text_config),
-            "pieces": str(len(pieces)),
-            "obs_window": str(obs_window),
-        },
-    )
+    made_of = {"pieces": str(len(pieces)), "obs_window": str(obs_window)}
+    save_masks(scores, path, text_config, **made_of)
+    return Path(path)
+
+
+def save_masks(scores: Tensor, path: StrPath, text_config: Any, **told: str) -> None:
+    """Write scores, float32 [layers, kv_heads, head_size], for the policy `static` of a model.
+
+    told: what else the file says of itself.
+    """
+    metadata = {"format": _FORMAT, "model": model_fingerprint(text_config), **told}
+    content = save({"scores": scores}, metadata)
     with atomic_write(path, "wb") as file:
         file.write(content)
-    return Path(path)
 
 
 def load_masks(path: StrPath, fingerprint: str) -> Tensor:
