@@ -12,7 +12,7 @@ from rag_prune.kv.config import KVPruneConfig
 from rag_prune.kv.kernels import Kernels
 from rag_prune.kv.pages import Storage
 from rag_prune.kv.prefill import prefill
-from rag_prune.kv.spec import STEP, PageSpec
+from rag_prune.kv.spec import PageSpec
 
 
 @dataclass(frozen=True)
@@ -31,14 +31,11 @@ class Chunk:
         cls, spec: PageSpec, config: KVPruneConfig, table: Tensor, past: int, total: int
     ) -> Chunk:
         """Under policy "prompt" of ThinK a call's own tokens are all whole, as in the paper."""
-        whole_from = torch.zeros(total - past, dtype=torch.int64, device=table.device)
-        near = 0
-        if spec.prunes:
-            whole_from = torch.arange(past + 1, total + 1, device=table.device) - spec.recent
-            whole_from = whole_from.clamp_(min=0) // STEP * STEP
-            near = spec.cut(past)
-            if config.method == "think" and config.policy == "prompt":
-                whole_from = whole_from.clamp_(max=past)
+        starts = [spec.cut(position) if spec.prunes else 0 for position in range(past, total)]
+        near = starts[0]
+        if config.method == "think" and config.policy == "prompt":
+            starts = [min(start, past) for start in starts]
+        whole_from = torch.tensor(starts, device=table.device)
         return cls(
             past=past,
             total=total,
