@@ -73,7 +73,7 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         if spec.prunes:
             ring = self._zeros(self.batch, self.heads, spec.ring_slots * spec.slot_bytes)
         empty = self._zeros(0, self.heads, spec.page_bytes)
-        self.store = pages.Storage(spec, self.dtype, empty, ring)
+        self._hold(spec, empty, ring)
         if self.static is not None:
             self.static = self.static.to(self.device)
         self.kernels = kernels.choose(self.device)
@@ -246,28 +246,26 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         )
 
     # -------------------------------------------------------------------- pages of the batch
-    @property
-    def table(self) -> Tensor:
-        """The blocks of each row's pages, int64 [B, pages]."""
-        return torch.arange(len(self.store.pages), device=self.device).view(-1, self.batch).T
-
-    @property
-    def rings(self) -> Tensor | None:
-        if self.store.ring is None:
-            return None
-        return torch.arange(self.batch, device=self.device)[:, None]
+    def _hold(self, spec: PageSpec, all_pages: Tensor, ring: Tensor | None) -> None:
+        """Take these pages and rings for the batch's, and note which are whose."""
+        self.store = pages.Storage(spec, self.dtype, all_pages, ring)
+        blocks = torch.arange(len(all_pages), device=self.device)
+        self.table = blocks.view(-1, self.batch).T  # int64 [B, pages]
+        self.rings = None  # int64 [B, 1]
+        if ring is not None:
+            self.rings = torch.arange(self.batch, device=self.device)[:, None]
 
     def _grow(self, new: int) -> None:
         """Have room for so many more tokens in every row."""
         have, need = len(self.store.pages) // self.batch, -(-(max(self.lengths) + new) // BLOCK)
         if self.eviction is not None and not any(self.lengths):
-            need = min(need, -(-max(self.eviction.tokens, 1) // BLOCK))
+            need = min(need, -(-self.eviction.tokens // BLOCK))
         if need <= have:
             return
         # A prompt gets what it needs; single tokens a little more, so that few copies are made.
         more = need - have if new > 1 else max(1, have // 64)
         added = self._zeros(more * self.batch, self.heads, self.store.spec.page_bytes)
-        self._replace(torch.cat([self.store.pages, added]), self.store.ring)
+        self._hold(self.store.spec, torch.cat([self.store.pages, added]), self.store.ring)
 
     def _rows(self, order: Tensor) -> None:
         """Make row i what row order[i] was."""
@@ -281,10 +279,7 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.lengths, self.written, self.prompt = (
             [x[i] for i in chosen] for x in (self.lengths, self.written, self.prompt)
         )
-        self._replace(by_row.flatten(0, 1), ring)
-
-    def _replace(self, all_pages: Tensor, ring: Tensor | None) -> None:
-        self.store = pages.Storage(self.store.spec, self.dtype, all_pages, ring)
+        self._hold(self.store.spec, by_row.flatten(0, 1), ring)
 
     def _zeros(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.uint8, device=self.device)
