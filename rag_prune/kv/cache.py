@@ -26,6 +26,7 @@ from rag_prune.kv import kernels, pages
 from rag_prune.kv.chunk import Chunk, attend, choose
 from rag_prune.kv.config import KVPruneConfig
 from rag_prune.kv.masks import load_masks, model_fingerprint
+from rag_prune.kv.models import check_attention
 from rag_prune.kv.prefill import dense
 from rag_prune.kv.snapkv import SnapKV
 from rag_prune.kv.spec import PageSpec
@@ -307,13 +308,14 @@ class PrunedCache(Cache):
                 f"the other cache, or the one that enable_kv_pruning makes."
             )
         text = model_config.get_text_config(decoder=True)
-        check_model(text, config)
+        check_attention(text.model_type, text.to_dict())
+        size = _head_size(text)
+        PageSpec.of(config, head_size=size, block_size=BLOCK, itemsize=4)  # refuses a head size
         if eviction is not None and config.method == "think" and config.policy == "causal":
             raise InputError(
                 "policy 'causal' chooses a page's channels by the queries up to its end, and "
                 "eviction takes tokens out of between: choose policy 'prompt' or 'static'."
             )
-        size = _head_size(text)
         static: list[Tensor] | list[None] = [None] * text.num_hidden_layers
         if config.masks is not None:
             scores = load_masks(config.masks, model_fingerprint(text))
@@ -364,23 +366,6 @@ def enable_kv_pruning(
     make()  # so that what is wrong is said now
     model.set_attn_implementation(IMPLEMENTATION)
     return make
-
-
-def check_model(text_config: Any, config: KVPruneConfig) -> None:
-    """Raise InputError, with the reason, if the cache of such a decoder cannot be pruned."""
-    name = getattr(text_config, "model_type", "the model")
-    if getattr(text_config, "kv_lora_rank", None):
-        raise InputError(
-            f"{name} has latent attention (MLA), whose cache holds no keys and values to prune."
-        )
-    kinds = set(getattr(text_config, "layer_types", None) or ["full_attention"])
-    window = getattr(text_config, "sliding_window", None)
-    if kinds != {"full_attention"} or (window and getattr(text_config, "use_sliding_window", True)):
-        raise InputError(
-            f"{name} has layers that are not full attention (a sliding window, or another kind): "
-            f"their cache is small already and is not pruned."
-        )
-    PageSpec.of(config, head_size=_head_size(text_config), block_size=BLOCK, itemsize=4)
 
 
 def _head_size(text_config: Any) -> int:

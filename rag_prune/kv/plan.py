@@ -18,6 +18,7 @@ from typing import Any
 
 from prune_core.errors import CheckpointError, InputError, unknown_name
 from rag_prune.kv.config import KVPruneConfig
+from rag_prune.kv.models import check_attention
 from rag_prune.kv.spec import PageSpec
 
 USABLE = (
@@ -64,7 +65,7 @@ class Model:
         whole = _config_of(folder) if folder.is_dir() else _config_from_hub(str(model))
         # A model of text and images keeps what is asked for here in a section of its own.
         text = {**whole, **(whole.get("text_config") or {})}
-        _check_attention(model, text)
+        check_attention(str(model), text)
         heads = _count(model, text, "num_attention_heads")
         if text.get("head_dim") is None:
             size = _count(model, text, "hidden_size") // heads
@@ -108,36 +109,6 @@ def _config_from_hub(name: str) -> dict[str, Any]:
         ) from error
     fields: dict[str, Any] = config.to_dict()
     return fields
-
-
-def _check_attention(model: str | Path, config: Mapping[str, Any]) -> None:
-    """Refuse a model some of whose layers keep other things than every token's key and value."""
-    kinds = set(config.get("layer_types") or ()) - {"full_attention", "attention"}
-    others = [
-        name
-        for name, value in config.items()
-        if name.startswith(("mamba_", "ssm_", "linear_num_", "attn_layer_")) and value is not None
-    ]
-    windows = [] if config.get("layer_types") else ["sliding_window", "attention_chunk_size"]
-    if config.get("use_sliding_window") is False:
-        windows = ["attention_chunk_size"]
-    window = next((name for name in windows if config.get(name)), None)
-    if config.get("kv_lora_rank"):
-        found = "it keeps one latent for all heads (MLA: kv_lora_rank)"
-    elif kinds:
-        found = f"it has layers of kind {', '.join(sorted(kinds))}"
-    elif window:
-        found = f"its layers attend to {config[window]} tokens ({window}), not to all"
-    elif others:
-        found = f"it has layers that keep a state instead of tokens ({others[0]})"
-    elif (config.get("quantization_config") or {}).get("kv_cache_scheme"):
-        found = "its checkpoint asks for a quantised cache (kv_cache_scheme)"
-    else:
-        return
-    raise InputError(
-        f"The cache of '{model}' cannot be pruned: {found}. Pages hold the keys and values of all "
-        f"tokens in 2 or 4 bytes an entry, as ordinary full attention keeps them."
-    )
 
 
 def _count(model: str | Path, config: Mapping[str, Any], name: str) -> int:
