@@ -380,6 +380,66 @@ def kv_transformers() -> str:
     return table(head, rows)
 
 
+ENGINES = {
+    "stock": "stock",
+    "none": "our kernels, nothing dropped",
+    "think .5": "ThinK 0.5",
+    "think .5, values .5": "ThinK 0.5 + values 0.5",
+    "mustafar .5": "Mustafar 0.5/0.5",
+    "mustafar .7": "Mustafar 0.7/0.7",
+}
+
+
+def kv_capacity() -> str:
+    r = results("serving", "kv")
+    sizes = r["capacity"]
+    head = [f"× stock vLLM, {r['pool_bytes'] >> 30} GiB of float32, 3 heads of 64"]
+    for size, engines in sizes.items():
+        contexts = engines["stock"]["times_the_sequences"]
+        head += [f"blocks of {size}: tokens", *(f"sequences of {int(n):,}" for n in contexts)]
+    rows = []
+    for name, label in ENGINES.items():
+        row = [label]
+        for engines in sizes.values():
+            of = engines[name]
+            times = of["times_the_blocks"], *of["times_the_sequences"].values()
+            row += [f"{x:.2f}" for x in times]
+        rows.append(row)
+    return table(head, rows[2:])
+
+
+def kv_load() -> str:
+    r = results("serving", "kv")["load"]
+    rows = []
+    for name, of in r["engines"].items():
+        times, bounds = of["times_stock"], of["bounds_of_decode"]
+        rows.append(
+            [
+                ENGINES[name],
+                *(
+                    "{median:.2f} ({min:.2f}–{max:.2f})".format_map(times[k])
+                    for k in ("tokens_per_second", "decode_tokens_per_second")
+                ),
+                f"{of['decode_batch']['median']:.1f}",
+                f"{of['decode_attention_share']['median']:.0%}",
+                *(f"{bounds[k]:.2f}" for k in ("equal_batch", "batch_limited_by_memory")),
+                f"{of['preemptions']['median']:.0f}",
+            ]
+        )
+    head = [
+        f"{r['requests']} requests, {r['prompt_tokens']:,} tokens and {r['new_tokens']:,} new, "
+        f"{r['pool_bytes'] >> 20} MiB",
+        "tokens/s, × stock",
+        "in decode steps alone",
+        "sequences in such a step",
+        "attention's share of it",
+        "bound, batch as before",
+        "bound, batch limited by memory",
+        "preemptions",
+    ]
+    return table(head, rows)
+
+
 def kv_attention() -> str:
     """Each file of results is a column; all hold the same paths."""
     runs = [results(path.stem, "kv") for path in sorted(KV_RESULTS.glob("attention-*.json"))]
@@ -455,7 +515,9 @@ TABLES = {
     "throughput-parts": throughput_parts,
     "heads": heads,
     "kv_attention": kv_attention,
+    "kv_capacity": kv_capacity,
     "kv_fidelity": kv_fidelity,
+    "kv_load": kv_load,
     "kv_transformers": kv_transformers,
     "heads-counts": heads_counts,
     "heads-questions": heads_questions,

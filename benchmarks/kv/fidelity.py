@@ -5,11 +5,13 @@
 
 Each text's first tokens are the prompt; those after it come one by one through the real cache, as
 in generation, and the next-token distributions are compared with those of the whole cache. Peers
-that keep no smaller cache are computed by a mask: ThinK as published (the last 32 tokens of the
-prompt and all that follow stay whole), kvpress (the whole prompt is pruned, what follows stays
-whole), and key norms alone with our window. Retrieval asks for the value of one of 20 keys, after
-two that are given; keys and values are cut to 8 characters, which the whole model can do. All
-figures are of one run.
+that keep no smaller cache are computed by a mask over the whole one: ThinK as published (the last
+32 tokens of the prompt and all that follow stay whole), kvpress (the whole prompt is pruned, what
+follows stays whole), and key norms alone with our window. Retrieval asks for the value of one of
+20 keys, after two that are given; keys and values are cut to 8 characters, which the whole model
+can do; static channels are calibrated on Wikipedia, and once on such prompts too, of other rows.
+Each row of the result is written when it is there, and a run goes on after the last: to measure
+again, delete the file.
 """
 
 import argparse
@@ -18,6 +20,7 @@ import json
 import math
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,30 +43,32 @@ HERE = Path(__file__).parent / "results"
 PROMPT, FOLLOWING, BATCH = 640, 96, 8
 PAIRS, CHARACTERS, GIVEN = 20, 8, 2
 
-PEER: dict[str, Any] = {}  # the rule of the peer that is being computed
+RATIOS = (0.4, 0.5, 0.6)
+PEERS = [("published", r) for r in RATIOS] + [("kvpress", r) for r in RATIOS] + [("key norm", 0.5)]
+
+PEER: dict[Any, Any] = {}  # the rule of the peer that is being computed, and each layer's channels
 
 
 def peer_attention(module, query, key, value, mask, scaling=None, **_):  # type: ignore[no-untyped-def]
-    """Attention under a peer's rule; the first PEER["prompt"] tokens are the prompt."""
-    prompt, ratio, rule = PEER["prompt"], PEER["ratio"], PEER["rule"]
-    count = key.shape[2]
-    at = torch.arange(count)
-    scores = channel_scores(query[:, :, prompt - 32 : prompt], key[:, :, :prompt])
-    if rule == "key norm":
-        scores = key[:, :, :prompt].square().mean(2)
-    kept = best_channels(scores, key.shape[-1] - int(key.shape[-1] * ratio))
-    thin = key * torch.zeros_like(scores).scatter(-1, kept, 1.0)[:, :, None]
+    """Attention of one sequence under a peer's rule; its first call is the prompt."""
+    count, new = key.shape[2], query.shape[2]
+    if count == new:
+        scores = channel_scores(query[:, :, -32:], key)
+        if PEER["rule"] == "key norm":
+            scores = key.square().mean(2)
+        kept = best_channels(scores, key.shape[-1] - int(key.shape[-1] * PEER["ratio"]))
+        PEER[module.layer_idx] = torch.zeros_like(scores).scatter(-1, kept, 1.0)[:, :, None], count
+    kept, prompt = PEER[module.layer_idx]
+    at, t = torch.arange(count), torch.arange(count - new, count)[:, None]
     far = {
-        "published": (at < prompt - 32)[None] & (at >= prompt)[:, None],
-        "kvpress": (at < prompt)[None] & (at >= prompt)[:, None],
-        "key norm": (at < ((at + 1 - 64).clamp(min=0) // 16 * 16)[:, None])
-        & (at >= 4)[None]
-        & (at >= prompt)[:, None],
-    }[rule]
+        "published": at < prompt - 32,
+        "kvpress": at < prompt,
+        "key norm": (at < (t + 1 - 64).clamp(min=0) // 16 * 16) & (at >= 4),
+    }[PEER["rule"]] & (t >= prompt)
     group = query.shape[1] // key.shape[1]
-    whole, thin, value = (x.repeat_interleave(group, 1) for x in (key, thin, value))
+    whole, thin, value = (x.repeat_interleave(group, 1) for x in (key, key * kept, value))
     logits = torch.where(far, query @ thin.transpose(2, 3), query @ whole.transpose(2, 3)) * scaling
-    logits = logits.masked_fill(at > at[:, None], -math.inf)
+    logits = logits.masked_fill(at > t, -math.inf)
     return (logits.softmax(-1) @ value).transpose(1, 2).contiguous(), None
 
 
@@ -77,8 +82,6 @@ class Subject:
     def __init__(self, arguments: argparse.Namespace) -> None:
         loaded = LocalModel.from_pretrained(small_model())
         self.model, self.tokenizer = loaded.model, loaded.tokenizer
-        self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
-        self.tokenizer.padding_side = "left"
         with gzip.open(arguments.text, "rt", encoding="utf-8") as file:
             ids = self.tokenizer(file.read(), return_tensors="pt", verbose=False).input_ids[0]
         length = PROMPT + FOLLOWING
@@ -86,8 +89,11 @@ class Subject:
         self.texts = torch.stack(
             [ids[i * apart : i * apart + length] for i in range(arguments.documents)]
         )
-        self.asked = retrieval(arguments)
-        self.whole = self.by_cache(lambda: DynamicCache(config=self.model.config))
+        self.asked = retrieval(arguments.retrieval, range(arguments.questions))
+        self.whole = self.by_cache(self.whole_cache)
+
+    def whole_cache(self) -> DynamicCache:
+        return DynamicCache(config=self.model.config)
 
     @torch.inference_mode()
     def by_cache(self, new_cache: Callable[[], Any]) -> Tensor:
@@ -101,41 +107,36 @@ class Subject:
             found.append(torch.stack(steps[:-1], 1))
         return torch.cat(found)
 
-    @torch.inference_mode()
-    def by_peer(self, rule: str, ratio: float) -> Tensor:
-        PEER.update(rule=rule, ratio=ratio, prompt=PROMPT)
-        self.model.set_attn_implementation("kv_peer")
-        found = [
-            self.model(batch, use_cache=False, logits_to_keep=FOLLOWING + 1).logits[:, :-1]
-            for batch in self.texts.split(2)
-        ]
-        return torch.cat(found).log_softmax(-1)
-
-    def compare(self, found: Tensor) -> dict[str, Any]:
-        """Mean KL(whole ‖ pruned) in nats and agreement on the likeliest token, by text."""
+    def compare(self, new_cache: Callable[[], Any]) -> dict[str, Any]:
+        """Mean KL(whole ‖ pruned) in nats and agreement on the likeliest token, by text; and the
+        share of values that are found."""
+        found = self.by_cache(new_cache)
         divergence = (self.whole.exp() * (self.whole - found)).sum(-1).mean(1)
         same = (self.whole.argmax(-1) == found.argmax(-1)).float().mean(1)
-        return {"kl": mean_interval(divergence.numpy()), "top1": mean_interval(same.numpy())}
+        return {
+            "kl": mean_interval(divergence.numpy()),
+            "top1": mean_interval(same.numpy()),
+            "retrieval": self.retrieve(new_cache),
+        }
 
     def retrieve(self, new_cache: Callable[[], Any]) -> dict[str, Any]:
         right = []
-        for start in range(0, len(self.asked), BATCH):
-            batch = self.asked[start : start + BATCH]
-            asked = self.tokenizer([p for p, _ in batch], return_tensors="pt", padding=True)
+        for prompt, wanted in self.asked:
+            asked = self.tokenizer(prompt, return_tensors="pt")
             out = self.model.generate(
                 **asked, past_key_values=new_cache(), max_new_tokens=10, do_sample=False
             )
-            answers = self.tokenizer.batch_decode(out[:, asked.input_ids.shape[1] :])
-            right += [float(a.startswith(v)) for a, (_, v) in zip(answers, batch, strict=True)]
+            answer = self.tokenizer.decode(out[0, asked.input_ids.shape[1] :])
+            right.append(float(answer.startswith(wanted)))
         return mean_interval(torch.tensor(right).numpy())
 
 
-def retrieval(arguments: argparse.Namespace) -> list[tuple[str, str]]:
+def retrieval(path: Path, rows: range) -> list[tuple[str, str]]:
     """Prompts that end before a value, and the values."""
     asked = []
-    for i, row in enumerate(read_jsonl(arguments.retrieval)):
-        if i == arguments.questions:
-            break
+    for i, row in enumerate(read_jsonl(path)):
+        if i not in rows:
+            continue
         pairs = [(k[:CHARACTERS], v[:CHARACTERS]) for k, v in row["ordered_kv_records"][:PAIRS]]
         told = ", ".join(f'"{k}": "{v}"' for k, v in pairs)
         wanted = pairs[i * 7 % PAIRS]
@@ -150,18 +151,20 @@ def retrieval(arguments: argparse.Namespace) -> list[tuple[str, str]]:
     return asked
 
 
-def configs(masks: Path, random: Path) -> dict[str, dict[str, Any]]:
+def configs(masks: Path, like: Path, random: Path) -> dict[str, dict[str, Any]]:
+    """masks: of Wikipedia; like: of text like all that is asked; random: of no text."""
     found = {}
-    for ratio in (0.4, 0.5, 0.6):
+    for ratio in RATIOS:
         think = {"method": "think", "key_ratio": ratio}
+        static = think | {"policy": "static", "masks": masks}
         found[f"ThinK {ratio}, prompt"] = think
-        found[f"ThinK {ratio}, static"] = think | {"policy": "static", "masks": masks}
-        found[f"ThinK {ratio}, causal"] = think | {"policy": "causal"}
+        found[f"ThinK {ratio}, static"] = static
         if ratio == 0.5:
-            static = think | {"policy": "static", "masks": masks}
+            found["ThinK 0.5, static, calibrated on both"] = static | {"masks": like}
             found["ThinK 0.5, static, 128 recent"] = static | {"recent": 128}
             found["ThinK 0.5 + values 0.5, static"] = static | {"value_ratio": 0.5}
-            found["random channels 0.5"] = think | {"policy": "static", "masks": random}
+        found[f"ThinK {ratio}, causal"] = think | {"policy": "causal"}
+    found["random channels 0.5"] = think | {"key_ratio": 0.5, "policy": "static", "masks": random}
     for keys, values in ((0.5, 0.0), (0.5, 0.5), (0.7, 0.7)):
         found[f"Mustafar {keys}/{values}"] = {
             "method": "mustafar",
@@ -178,40 +181,52 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=16)
     parser.add_argument("--questions", type=int, default=32)
     arguments = parser.parse_args()
-    subject = Subject(arguments)
-    model = subject.model
-    rows: dict[str, Any] = {
-        "whole cache": {"retrieval": subject.retrieve(lambda: DynamicCache(config=model.config))}
+    settings = {
+        "texts": arguments.documents,
+        "prompt": PROMPT,
+        "following": FOLLOWING,
+        "questions": arguments.questions,
+        "pairs": PAIRS,
     }
+    out = HERE / "fidelity.json"
+    before = json.loads(out.read_text()) if out.exists() else {}
+    done = before["rows"] if settings.items() <= before.items() else {}
+    subject = Subject(arguments)
+    model, tokenizer = subject.model, subject.tokenizer
+
+    def pruned(options: dict[str, Any]) -> dict[str, Any]:
+        return subject.compare(enable_kv_pruning(model, KVPruneConfig(**options)))
+
+    def peer(rule: str, ratio: float) -> dict[str, Any]:
+        model.set_attn_implementation("kv_peer")
+        PEER.update(rule=rule, ratio=ratio)
+        return subject.compare(subject.whole_cache)
+
     with tempfile.TemporaryDirectory() as folder:
-        masks, random = Path(folder, "masks.safetensors"), Path(folder, "random.safetensors")
+        masks, like, random = (Path(folder, name) for name in ("masks", "like", "random"))
         with gzip.open(arguments.calibration, "rt", encoding="utf-8") as file:
-            text = file.read()[:100_000]
-        calibrate_masks(model, subject.tokenizer, [text], masks)
+            wikipedia = file.read()[:100_000]
+        others = range(arguments.questions, arguments.questions + 24)
+        prompts = [prompt + value for prompt, value in retrieval(arguments.retrieval, others)]
+        calibrate_masks(model, tokenizer, [wikipedia], masks)
+        calibrate_masks(model, tokenizer, [wikipedia, *prompts], like)
         generator = torch.Generator().manual_seed(0)
         shape = (model.config.num_hidden_layers, model.config.num_key_value_heads, 64)
         save_masks(torch.rand(shape, generator=generator), random, model.config)
-        for name, options in tqdm(configs(masks, random).items(), desc="pruned"):
-            new_cache = enable_kv_pruning(model, KVPruneConfig(**options))
-            row = subject.compare(subject.by_cache(new_cache))
-            row["retrieval"] = subject.retrieve(new_cache)
-            rows[name] = row
-    for rule in ("published", "kvpress", "key norm"):
-        for ratio in (0.4, 0.5, 0.6) if rule != "key norm" else (0.5,):
-            rows[f"{rule} {ratio}"] = subject.compare(subject.by_peer(rule, ratio))
-    write_json(
-        HERE / "fidelity.json",
-        {
-            "rows": rows,
-            "texts": len(subject.texts),
-            "prompt": PROMPT,
-            "following": FOLLOWING,
-            "questions": len(subject.asked),
-            "pairs": PAIRS,
-            "provenance": provenance(),
-        },
-    )
-    print(json.dumps(rows, indent=1))
+        jobs: dict[str, Callable[[], dict[str, Any]]] = {
+            "whole cache": lambda: {"retrieval": subject.retrieve(subject.whole_cache)}
+        }
+        for name, options in configs(masks, like, random).items():
+            jobs[name] = partial(pruned, options)
+        for rule, ratio in PEERS:
+            jobs[f"{rule} {ratio}"] = partial(peer, rule, ratio)
+        for name, job in tqdm(jobs.items(), desc="measured"):
+            if name in done:
+                continue
+            done[name] = job()
+            rows = {name: done[name] for name in jobs if name in done}
+            write_json(out, {"rows": rows, **settings, "provenance": provenance()})
+    print(json.dumps(done, indent=1))
 
 
 if __name__ == "__main__":
