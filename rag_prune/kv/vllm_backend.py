@@ -25,6 +25,7 @@ from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.models.utils import extract_layer_index
+from vllm.platforms import current_platform
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionImpl,
@@ -48,6 +49,7 @@ from rag_prune.kv.spec import STEP, PageSpec
 from rag_prune.kv.think import best_channels
 from rag_prune.kv.vllm_plugin import KEY, options
 
+CPU_BLOCK = 32  # tokens; vLLM's 128 would round each ring up to more than a short sequence saves
 logger = init_logger(f"vllm.{__name__}")  # under vLLM's own, whose handlers print it
 
 
@@ -81,7 +83,8 @@ class Options:
 
 
 def claim(args: Any) -> None:
-    """Choose the backend for an engine that asks for a pruned cache, before it is configured.
+    """Choose the backend, and on a CPU the size of blocks unless it is given, of an engine that
+    asks for a pruned cache, before it is configured.
 
     args: vLLM's EngineArgs.   Raises InputError if another backend was asked for.
     """
@@ -99,6 +102,8 @@ def claim(args: Any) -> None:
             f"which {KEY} needs: name the plugins to load in VLLM_PLUGINS."
         )
     args.attention_backend, args.attention_config.backend = None, custom
+    if args.block_size is None and current_platform.is_cpu():
+        args.block_size = CPU_BLOCK
 
 
 def check(vllm_config: VllmConfig) -> None:

@@ -89,6 +89,13 @@ def test_with_the_key_layers_get_our_backend(folder):
     assert vllm_plugin.CPUBackend is CPUAttentionBackend
 
 
+def test_blocks_on_a_cpu_are_small_unless_said(folder):
+    """A ring takes whole blocks."""
+    assert configure(folder, MUSTAFAR).cache_config.block_size == 32
+    assert configure(folder, MUSTAFAR, block_size=64).cache_config.block_size == 64
+    assert configure(folder, None).cache_config.block_size == 128
+
+
 def test_the_plugin_never_breaks_a_start(monkeypatch, caplog):
     def broken():
         raise RuntimeError("moved")
