@@ -37,7 +37,7 @@ from prune_core.storage import write_json
 
 HERE = Path(__file__).parent / "results"
 CONTEXTS = (1024, 4096)
-BLOCKS = (32, 128)  # 128 is vLLM's on the CPU; of 32 a sequence leaves less empty
+BLOCKS = (32, 128)  # ours and vLLM's default on the CPU; of 32 a sequence leaves less empty
 LOAD_BLOCK = 32
 PROMPTS, ANSWERS = (384, 641), (128, 257)  # tokens of the load's, drawn from these ranges
 POOL = 1 << 30  # bytes
