@@ -44,9 +44,9 @@ def with_interval(figure: dict[str, Any], scale: float = 1, digits: int = 3) -> 
     )
 
 
-def median(figure: dict[str, float]) -> str:
-    """A median over rounds, with the lowest and the highest."""
-    return f"{figure['median']} ({figure['min']}–{figure['max']})"
+def median(figure: dict[str, float], spec: str = "") -> str:
+    """A median over rounds, with the lowest and the highest; spec: of their format."""
+    return f"{figure['median']:{spec}} ({figure['min']:{spec}}–{figure['max']:{spec}})"
 
 
 def demo() -> str:
@@ -416,10 +416,8 @@ def kv_load() -> str:
         rows.append(
             [
                 ENGINES[name],
-                *(
-                    "{median:.2f} ({min:.2f}–{max:.2f})".format_map(times[k])
-                    for k in ("tokens_per_second", "decode_tokens_per_second")
-                ),
+                median(times["tokens_per_second"], ".2f"),
+                median(times["decode_tokens_per_second"], ".2f"),
                 f"{of['decode_batch']['median']:.1f}",
                 f"{of['decode_attention_share']['median']:.0%}",
                 *(f"{bounds[k]:.2f}" for k in ("equal_batch", "batch_limited_by_memory")),

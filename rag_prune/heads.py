@@ -40,6 +40,7 @@ from tqdm.auto import tqdm
 
 from prune_core.errors import InputError
 from prune_core.storage import Shards, StrPath, write_json
+from rag_prune.kv.models import head_size
 
 Head = tuple[int, int]
 PREFERENCES = ("context", "memory")
@@ -227,7 +228,7 @@ class PH3:
 
     def _columns(self, model: Any) -> list[tuple[nn.Linear, Tensor]]:
         """The output projections that lose heads, and the inputs they lose."""
-        outputs, size = _outputs(model), _head_size(model)
+        outputs, size = _outputs(model), head_size(model.config)
         count = model.config.num_attention_heads
         if self.scores is not None and self.scores.memory.shape != (len(outputs), count):
             raise InputError(
@@ -261,18 +262,11 @@ def _layers_heads(layers: int, heads: int) -> str:
     return f"{layers} layers of {heads} heads"
 
 
-def _head_size(model: Any) -> int:
-    config = model.config
-    return int(
-        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    )
-
-
 def _outputs(model: Any) -> list[nn.Linear]:
     """Each layer's projection from the heads, side by side, to the residual stream."""
     try:
         found = [layer.self_attn.o_proj for layer in model.base_model.layers]
-        width = model.config.num_attention_heads * _head_size(model)
+        width = model.config.num_attention_heads * head_size(model.config)
     except AttributeError as error:
         raise InputError(
             f"PH3 needs decoder layers with `self_attn.o_proj`, like Llama's, Mistral's or Qwen's, "
@@ -382,7 +376,7 @@ def _effects(
     """
     clean = _last_token(model, tokenizer, [c.prompt for c in conflicts])
     corrupted = _last_token(model, tokenizer, [c.corrupted for c in conflicts])
-    base, size, batch = model.base_model, _head_size(model), len(conflicts)
+    base, size, batch = model.base_model, head_size(model.config), len(conflicts)
     rows = clean.residual[0][:, None]  # [batch, rows, hidden]
     for layer, own, other in zip(base.layers, clean.heads, corrupted.heads, strict=True):
         output = layer.self_attn.o_proj

@@ -26,7 +26,7 @@ from rag_prune.kv import kernels, pages
 from rag_prune.kv.chunk import Chunk, attend, choose
 from rag_prune.kv.config import KVPruneConfig
 from rag_prune.kv.masks import load_masks, model_fingerprint
-from rag_prune.kv.models import check_attention
+from rag_prune.kv.models import check_attention, head_size
 from rag_prune.kv.prefill import dense
 from rag_prune.kv.snapkv import SnapKV
 from rag_prune.kv.spec import PageSpec
@@ -309,7 +309,7 @@ class PrunedCache(Cache):
             )
         text = model_config.get_text_config(decoder=True)
         check_attention(text.model_type, text.to_dict())
-        size = _head_size(text)
+        size = head_size(text)
         PageSpec.of(config, head_size=size, block_size=BLOCK, itemsize=4)  # refuses a head size
         if eviction is not None and config.method == "think" and config.policy == "causal":
             raise InputError(
@@ -366,11 +366,6 @@ def enable_kv_pruning(
     make()  # so that what is wrong is said now
     model.set_attn_implementation(IMPLEMENTATION)
     return make
-
-
-def _head_size(text_config: Any) -> int:
-    size = getattr(text_config, "head_dim", None)
-    return int(size or text_config.hidden_size // text_config.num_attention_heads)
 
 
 def attention(

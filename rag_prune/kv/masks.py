@@ -25,6 +25,7 @@ from transformers.masking_utils import sdpa_mask
 
 from prune_core.errors import CheckpointError, InputError
 from prune_core.storage import StrPath, atomic_write
+from rag_prune.kv.models import head_size
 from rag_prune.kv.think import channel_scores
 
 _FORMAT = "prunekit-kv-masks-1"
@@ -46,7 +47,7 @@ def model_fingerprint(text_config: Any) -> str:
     So fine-tunes of one model share their masks.
     """
     found: dict[str, Any] = {name: getattr(text_config, name, None) for name in _GEOMETRY}
-    found["head_dim"] = found["head_dim"] or found["hidden_size"] // found["num_attention_heads"]
+    found["head_dim"] = head_size(text_config)
     return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
 
 

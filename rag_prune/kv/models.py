@@ -1,4 +1,4 @@
-"""Which models have a KV cache that can be pruned, by their config."""
+"""What a model's config says of its KV cache: whether it can be pruned, and its heads' size."""
 
 from __future__ import annotations
 
@@ -6,6 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from prune_core.errors import InputError
+
+
+def head_size(text_config: Any) -> int:
+    """Entries of a key, by a decoder's config of transformers."""
+    size = getattr(text_config, "head_dim", None)
+    return int(size or text_config.hidden_size // text_config.num_attention_heads)
 
 
 def check_attention(model: str, config: Mapping[str, Any]) -> None:

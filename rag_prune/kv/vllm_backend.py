@@ -272,7 +272,7 @@ class Builder(AttentionMetadataBuilder):  # type: ignore[misc]
     ) -> Batch:
         common, size = common_attn_metadata, self.spec.block_size
         table = common.block_table_tensor
-        starts, pasts, totals = _rows(common)
+        starts, pasts, totals, row_of = _rows(common)
         decodes = 0
         for past, total in zip(pasts, totals, strict=True):
             if total - past != 1 or not past:  # a first token has no page to inherit from
@@ -286,8 +286,6 @@ class Builder(AttentionMetadataBuilder):  # type: ignore[misc]
             )
             for row in range(decodes, len(totals))
         ]
-        counts = [total - past for past, total in zip(pasts, totals, strict=True)]
-        rows = np.repeat(np.arange(len(totals)), counts)
         positions = np.concatenate(
             [np.arange(p, t, dtype=np.int32) for p, t in zip(pasts, totals, strict=True)]
         )
@@ -299,7 +297,6 @@ class Builder(AttentionMetadataBuilder):  # type: ignore[misc]
         )
         begun = [new, *(c.table[c.begun.start : c.begun.stop] for _, _, c in chunks)]
         placed = torch.from_numpy(positions).to(table.device, non_blocking=True)
-        row_of = torch.from_numpy(rows).to(table.device, non_blocking=True)
         return Batch(
             decodes=decodes,
             table=table,
@@ -326,15 +323,14 @@ class RingBuilder(AttentionMetadataBuilder):  # type: ignore[misc]
         fast_build: bool = False,
     ) -> Rings:
         common = common_attn_metadata
-        _, pasts, totals = _rows(common)
-        counts = [total - past for past, total in zip(pasts, totals, strict=True)]
-        rows = torch.from_numpy(np.repeat(np.arange(len(totals)), counts))
+        _, _, totals, row_of = _rows(common)
         table = common.block_table_tensor[: len(totals), : self.kv_cache_spec.blocks]
-        return Rings(table, table[rows.to(table.device, non_blocking=True)])
+        return Rings(table, table[row_of])
 
 
-def _rows(common: CommonAttentionMetadata) -> tuple[list[int], list[int], list[int]]:
-    """Of each sequence: its first token in the batch, its tokens before and after this step.
+def _rows(common: CommonAttentionMetadata) -> tuple[list[int], list[int], list[int], Tensor]:
+    """Of each sequence: its first token in the batch, its tokens before and after this step; and
+    the row of each token's sequence, [T].
 
     From what lies on the host; the bound is exact without speculative decoding. Rows that only pad
     the batch come last and are left out.
@@ -346,7 +342,10 @@ def _rows(common: CommonAttentionMetadata) -> tuple[list[int], list[int], list[i
     while counts and not counts[-1]:
         counts.pop()
     totals = bounds[: len(counts)].tolist()
-    return starts, [total - n for total, n in zip(totals, counts, strict=True)], totals
+    pasts = [total - n for total, n in zip(totals, counts, strict=True)]
+    row_of = torch.from_numpy(np.repeat(np.arange(len(counts)), counts))
+    table = common.block_table_tensor
+    return starts, pasts, totals, row_of.to(table.device, non_blocking=True)
 
 
 # ------------------------------------------------------------------------------ attention
