@@ -31,10 +31,6 @@ def tiny_llama(seed=0, **changes):
     return LlamaForCausalLM(LlamaConfig(**(sizes | changes))).eval()
 
 
-def cut(position, recent, step=16):
-    return max(0, position + 1 - recent) // step * step
-
-
 def largest(x, kept):
     """x with all but the `kept` largest entries of each token zero."""
     out = torch.zeros_like(x)
@@ -75,26 +71,39 @@ def _pruned_keys(q, k, layer):
     return out
 
 
+def window(count, recent, sinks, step=16):
+    """The tokens that each query reads whole, whether it sees them or not; bool [count, count]."""
+    s = torch.arange(count)
+    return (s >= (s[:, None] + 1 - recent).clamp(min=0) // step * step) | (s < sinks)
+
+
+def attend(query, key, value, far_key, far_value, whole, scale, seen=None):
+    """Causal attention, [..., heads, T, D], to tokens as `whole` [T, T] says.
+
+    query: [..., heads, T, D].   keys and values: [..., H, T, D].
+    seen: bool, to be spread over [..., heads, T, T]; False for the padding.
+    """
+    group, s = query.shape[-3] // key.shape[-3], torch.arange(query.shape[-2])
+    key, value, far_key, far_value = (
+        x.repeat_interleave(group, -3) for x in (key, value, far_key, far_value)
+    )
+    logits = torch.where(whole, query @ key.mT, query @ far_key.mT) * scale
+    logits = logits.masked_fill(s > s[:, None], -math.inf)
+    if seen is not None:
+        logits = logits.masked_fill(~seen, -math.inf)
+    weights = logits.softmax(-1).nan_to_num(0.0)
+    return (weights * whole) @ value + (weights * ~whole) @ far_value
+
+
 def oracle_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
-    rule = RULE
-    heads, count, size = key.shape[1], query.shape[2], query.shape[3]
-    group = query.shape[1] // heads
+    rule, count, size = RULE, query.shape[2], query.shape[3]
     far_keys = _pruned_keys(query, key, module.layer_idx)
-    far_values = largest(value, size - int(size * rule.get("value_ratio", 0.0)))
-    out = torch.empty_like(query)
-    for t in range(count):
-        start = cut(t, rule["recent"])
-        if rule["method"] == "think" and rule["policy"] == "prompt" and t < rule["prompt"]:
-            start = 0
-        s = torch.arange(t + 1)
-        far = ((s < start) & (s >= rule["sinks"]))[None, None, :, None]
-        k = torch.where(far, far_keys[:, :, : t + 1], key[:, :, : t + 1])
-        v = torch.where(far, far_values[:, :, : t + 1], value[:, :, : t + 1])
-        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-        logits = (query[:, :, t : t + 1] @ k.transpose(2, 3)) * scaling
-        if attention_mask is not None:
-            logits = logits.masked_fill(~attention_mask[:, None, None, : t + 1], -math.inf)
-        out[:, :, t : t + 1] = logits.softmax(-1).nan_to_num(0.0) @ v
+    far_values = largest(value, size - int(size * rule["value_ratio"]))
+    whole = window(count, rule["recent"], rule["sinks"])
+    if rule["method"] == "think" and rule["policy"] == "prompt":
+        whole[: rule["prompt"]] = True
+    seen = None if attention_mask is None else attention_mask[:, None, None]
+    out = attend(query, key, value, far_keys, far_values, whole, scaling, seen)
     return out.transpose(1, 2).contiguous(), None
 
 

@@ -8,21 +8,15 @@ import httpx
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
-from transformers.masking_utils import sdpa_mask
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from kv_oracle import oracle_logits
 from serving import served
 
 pytestmark = pytest.mark.slow
-BLOCK, RECENT, SINKS, STEP = 32, 64, 4, 16
+BLOCK = 32
 LAYERS, KV_HEADS, SIZE = 4, 2, 64
+NOTHING = {"method": "mustafar", "key_ratio": 0.0}  # is dropped
 
 
 STOCK = (1 << 30) // (2 * LAYERS * KV_HEADS * BLOCK * SIZE * 4)  # blocks, of 1 GiB
@@ -121,59 +115,27 @@ class Engine:
 
 
 # ------------------------------------------------------------------------------ what to expect
-def largest(x, kept):
-    """`x` [..., D] with all but its `kept` largest entries zero."""
-    kept = x.abs().topk(kept, -1).indices
-    return torch.zeros_like(x).scatter(-1, kept, x.gather(-1, kept))
+def expected(model, prompt, answer, **rule):
+    """The logits at each token of the answer under a rule of `oracle_logits`."""
+    row = torch.tensor([prompt + answer[:-1]])
+    return oracle_logits(model, row, prompt=len(prompt), **rule)[0, len(prompt) - 1 :]
 
 
-def expected(model, prompt, answer, prune):
-    """The logits at each token of the answer, if keys and values from afar are `prune(layer, …)`.
-
-    One whole forward: no cache, no pages, no ring.
-    """
-
-    def attention(module, query, key, value, mask, scaling, **kwargs):
-        group = query.shape[1] // key.shape[1]
-        seen = torch.arange(query.shape[2])
-        far = seen < (seen[:, None] + 1 - RECENT).clamp(min=0) // STEP * STEP
-        far &= seen >= SINKS
-        pruned_key, pruned_value = prune(module.layer_idx, key, value)
-        key, value, pruned_key, pruned_value = (
-            x.repeat_interleave(group, 1) for x in (key, value, pruned_key, pruned_value)
-        )
-        logits = torch.where(far, query @ pruned_key.mT, query @ key.mT) * scaling
-        weights = logits.masked_fill(seen > seen[:, None], -torch.inf).softmax(-1)
-        out = (weights * far) @ pruned_value + (weights * ~far) @ value
-        return out.transpose(1, 2), None
-
-    AttentionInterface.register("afar", attention)
-    AttentionMaskInterface.register("afar", sdpa_mask)
-    before = model.config._attn_implementation
-    model.set_attn_implementation("afar")
-    try:
-        with torch.inference_mode():
-            row = torch.tensor([prompt + answer[:-1]])
-            return model(row, use_cache=False).logits[0, len(prompt) - 1 :]
-    finally:
-        model.set_attn_implementation(before)
-
-
-def assert_expected(model, prompts, answers, prune, ties=0):
+def assert_expected(model, prompts, answers, ties=0, **rule):
     """Every token is the best one, with its logprob.
 
     ties: of so many sequences two entries may be so close that rounding decides which is kept.
     """
     apart = changed = 0
     for prompt, (tokens, logprobs) in zip(prompts, answers, strict=True):
-        logits = expected(model, prompt, tokens, prune)
+        logits = expected(model, prompt, tokens, **rule)
         chosen = torch.tensor(tokens)[:, None]
         found = logits.gather(-1, chosen)[:, 0]
         differences = torch.tensor(logprobs) - (found - logits.logsumexp(-1))
         furthest = max(differences.abs().max(), (logits.max(-1).values - found).max())
         assert furthest < (1e-3 if apart == ties else 0.2)
         apart += bool(furthest > 1e-3)
-        whole = expected(model, prompt, tokens, lambda layer, key, value: (key, value))
+        whole = expected(model, prompt, tokens, **NOTHING)
         changed += int((whole.argmax(-1) != chosen[:, 0]).sum())
     assert changed > len(prompts)  # what was pruned matters
 
@@ -209,8 +171,7 @@ def test_think_however_requests_are_scheduled(
         assert engine.complete(prompts[:1], 90)[0][0] == answers[0][0]
 
     scores = load_file(masks)["scores"]
-    keep = torch.zeros_like(scores).scatter(-1, scores.topk(SIZE // 2, -1).indices, 1.0)
-    assert_expected(model, prompts, answers, lambda i, k, v: (k * keep[i][:, None], v))
+    assert_expected(model, prompts, answers, policy="static", scores=scores)
 
 
 def test_mustafar_and_a_shared_prefix(folder, model, prompts, tmp_path, record_property):
@@ -222,10 +183,7 @@ def test_mustafar_and_a_shared_prefix(folder, model, prompts, tmp_path, record_p
         again = max(prompts, key=len)
         hits = [engine.complete([again], 40)[0] for _ in range(2)]
         assert engine.counter("prefix_cache_hits") > len(again)
-    kept = SIZE - int(SIZE * 0.7)
-    assert_expected(
-        model, prompts, answers, lambda i, k, v: (largest(k, kept), largest(v, kept)), ties=3
-    )
+    assert_expected(model, prompts, answers, ties=3, **options)
     # The pages came from the first request and its ring did not: tokens before the hit are read
     # pruned, until the window has moved past them.
     assert hits[0] == hits[1]

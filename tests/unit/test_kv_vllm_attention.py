@@ -14,6 +14,7 @@ from vllm.forward_context import set_forward_context
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
+from kv_oracle import attend, channel_mask, largest, window
 from rag_prune.kv import vllm_backend
 from rag_prune.kv.think import channel_scores
 from rag_prune.kv.vllm_backend import Builder, PrunedAttention, PrunedBackend, RingBuilder
@@ -137,27 +138,13 @@ def sequence(length):
 
 def expected(tokens, pruned_key, pruned_value, whole=None):
     """[heads, T, D]. whole: bool [T, T], the tokens that each query reads whole."""
-    query, key, value = tokens
-    seen = torch.arange(query.shape[1])
     if whole is None:
-        whole = seen >= (seen[:, None] + 1 - RECENT).clamp(min=0) // 16 * 16
-        whole |= seen < SINKS
-    key, value, pruned_key, pruned_value = (
-        x.repeat_interleave(HEADS // KV_HEADS, 0) for x in (key, value, pruned_key, pruned_value)
-    )
-    logits = torch.where(whole, query @ key.mT, query @ pruned_key.mT) * SIZE**-0.5
-    weights = logits.masked_fill(seen > seen[:, None], -torch.inf).softmax(-1)
-    return (weights * whole) @ value + (weights * ~whole) @ pruned_value
-
-
-def largest(x, kept):
-    kept = x.abs().topk(kept, -1).indices
-    return torch.zeros_like(x).scatter(-1, kept, x.gather(-1, kept))
+        whole = window(tokens[0].shape[1], RECENT, SINKS)
+    return attend(*tokens, pruned_key, pruned_value, whole, SIZE**-0.5)
 
 
 def of_channels(key, scores, kept):
-    keep = torch.zeros_like(scores).scatter(-1, scores.topk(kept, -1).indices, 1.0)
-    return key * keep[:, None]
+    return key * channel_mask(scores, kept)[:, None]
 
 
 # ------------------------------------------------------------------------------ tests
