@@ -8,7 +8,7 @@ import os
 import shutil
 import uuid
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -82,6 +82,17 @@ def write_json(path: StrPath, obj: Any) -> None:
         file.write(json.dumps(obj, indent=2, ensure_ascii=False) + "\n")
 
 
+def read_text(path: StrPath) -> str:
+    """A text file, UTF-8, plain or .gz; raises InputError for one that cannot be read."""
+    try:
+        raw = Path(path).read_bytes()
+        return (gzip.decompress(raw) if os.fspath(path).endswith(".gz") else raw).decode("utf-8")
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+        raise InputError(
+            f"Cannot read the text '{path}' ({error}): give a text file in UTF-8, plain or .gz."
+        ) from error
+
+
 def read_jsonl(source: StrPath | Iterable[str | bytes]) -> Iterator[dict[str, Any]]:
     """Yield the object of each line of a file (`.gz` or not) or an open stream; skip blank lines.
 
@@ -118,6 +129,35 @@ def _objects(lines: Iterable[str | bytes], name: str) -> Iterator[dict[str, Any]
         yield value
 
 
+def check_fingerprint(
+    folder: StrPath, fingerprint: Mapping[str, Any], pieces: Sequence[Path]
+) -> None:
+    """Claim a folder for work that can be stopped and go on, or make sure that it is the same work.
+
+    fingerprint: all that the work depends on, JSON-serialisable.   pieces: what is there of it.
+    Raises InputError if the folder was made with another fingerprint, or has pieces but none.
+    """
+    stored_at = Path(folder) / "fingerprint.json"
+    if not stored_at.exists():
+        if pieces:
+            raise InputError(
+                f"The folder '{folder}' has shards but no fingerprint.json, so what made them "
+                f"is not known: choose another folder, or delete this one."
+            )
+        write_json(stored_at, dict(fingerprint))
+    stored = json.loads(stored_at.read_text(encoding="utf-8"))
+    for key in [*fingerprint, *stored]:
+        was, now = (  # as JSON text, in which tuples are lists
+            json.dumps(given[key], sort_keys=True) if key in given else "absent"
+            for given in (stored, fingerprint)
+        )
+        if was != now:
+            raise InputError(
+                f"The folder '{folder}' was made by other work: '{key}' was {was} and is now "
+                f"{now}. Choose another folder, or delete this one to start again."
+            )
+
+
 class Shards:
     """Long work in numbered pieces, each written whole, so that a stopped run can go on.
 
@@ -132,25 +172,7 @@ class Shards:
 
     def __init__(self, folder: StrPath, fingerprint: Mapping[str, Any]) -> None:
         self.folder = Path(folder)
-        stored_at = self.folder / "fingerprint.json"
-        if not stored_at.exists():
-            if self._paths():
-                raise InputError(
-                    f"The folder '{folder}' has shards but no fingerprint.json, so what made them "
-                    f"is not known: choose another folder, or delete this one."
-                )
-            write_json(stored_at, dict(fingerprint))
-        stored = json.loads(stored_at.read_text(encoding="utf-8"))
-        for key in [*fingerprint, *stored]:
-            was, now = (  # as JSON text, in which tuples are lists
-                json.dumps(given[key], sort_keys=True) if key in given else "absent"
-                for given in (stored, fingerprint)
-            )
-            if was != now:
-                raise InputError(
-                    f"The folder '{folder}' was made by other work: '{key}' was {was} and is now "
-                    f"{now}. Choose another folder, or delete this one to start again."
-                )
+        check_fingerprint(self.folder, fingerprint, self._paths())
 
     def path(self, i: int) -> Path:
         """Where shard `i` is kept; raises InputError unless i is in [0, 999999]."""
