@@ -1,0 +1,110 @@
+"""Gradients of the language-modelling loss, for criteria that need the whole model at once."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from model_prune.core.calibration import Calibration
+from model_prune.core.decoder import Decoder, free_memory
+from model_prune.core.target import MATRICES
+from prune_core.errors import InputError
+
+BATCH_TOKENS = 1024
+
+
+@dataclass(frozen=True, eq=False)
+class Gradients:
+    """Of the loss, by matrix like "layers.3.mlp.down_proj", in the weights' shapes.
+
+    mean: gradient of the mean loss over windows.
+    squares: mean over windows of the squared gradient of each; empty unless asked for.
+    """
+
+    mean: dict[str, Tensor]
+    squares: dict[str, Tensor]
+
+
+def gradients(
+    model: Any, calibration: Calibration, *, squares: bool = False, progress: bool = True
+) -> Gradients:
+    """Of all matrices of all layers; the model and its `.grad` are as before afterwards.
+
+    Windows count alike, whatever the batch. Squares take one window at a time.
+
+    Raises InputError where the loss is not finite.
+    """
+    weights: dict[str, nn.Parameter] = {
+        f"layers.{i}.{matrix}": layer.get_submodule(matrix).weight
+        for i, layer in enumerate(model.model.layers)
+        for matrix in MATRICES
+    }
+    mean = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}
+    square = {name: torch.zeros_like(total) for name, total in mean.items()} if squares else {}
+    count, tokens = calibration.windows.shape
+    batch = 1 if squares else max(1, BATCH_TOKENS // tokens)
+    device = next(iter(weights.values())).device
+    shown = None if progress else True
+    with _differentiable(model, weights.values()), torch.enable_grad():
+        for windows in tqdm(
+            torch.split(calibration.windows, batch), desc="gradients", unit="batch", disable=shown
+        ):
+            ids = windows.to(device)
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+            if not loss.isfinite():
+                raise InputError(
+                    f"The loss on the calibration text is {loss.item()}: look for NaN or infinity "
+                    f"in the model's weights, and load it in float32."
+                )
+            found = torch.autograd.grad(loss, list(weights.values()))
+            for name, gradient in zip(weights, found, strict=True):
+                mean[name] += gradient.float() * (len(windows) / count)
+                if squares:
+                    square[name] += gradient.float().square() / count
+    return Gradients(mean, square)
+
+
+def check_memory(decoder: Decoder, *, squares: bool, progress: bool) -> None:
+    """Say what gradients take before anything is loaded; raise InputError if there is not enough.
+
+    That is the model, unless it is loaded; the gradients of one batch and their mean, of the size
+    of the layers' matrices; and with squares as much again. Activations come on top.
+    """
+    matrices = sum(each.weights for each in decoder.dims)
+    sums = matrices * 4 * (2 if squares else 1) + matrices * decoder.dtype.itemsize
+    needed, free = decoder.to_load + sums, free_memory(decoder.device)
+    said = (
+        f"Gradients of '{decoder.name}' need the whole model: {needed / 2**30:.1f} GiB beside what "
+        f"is loaded, and the activations of {BATCH_TOKENS} tokens."
+    )
+    if free is not None and free < needed:
+        raise InputError(
+            f"{said} {free / 2**30:.1f} GiB are free: take a method that goes layer by layer, such "
+            f"as flap or cfsp, or a larger machine."
+        )
+    if progress:
+        tqdm.write(said, file=sys.stderr)
+
+
+@contextmanager
+def _differentiable(model: nn.Module, weights: Any) -> Iterator[None]:
+    """The model in eval mode, with gradients of these weights alone."""
+    modes = [(module, module.training) for module in model.modules()]
+    asked = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        model.eval().requires_grad_(False)
+        for weight in weights:
+            weight.requires_grad_(True)
+        yield
+    finally:
+        for parameter, was in asked:
+            parameter.requires_grad_(was)
+        for module, training in modes:  # not train(), which would change those in it as well
+            module.training = training

@@ -1,0 +1,1 @@
+"""Coupled groups of weights, and cutting them out for real."""
