@@ -384,7 +384,9 @@ def kv_calibrate(
     obs_window: Annotated[int, typer.Option(help="Newest queries of a piece that score.")] = 32,
 ) -> None:
     """Find the key channels that ThinK keeps under the policy `static`, for any key ratio."""
-    contents = [_text(path) for path in texts]
+    from prune_core.storage import read_text
+
+    contents = [read_text(path) for path in texts]
     from pipelines.language_model import LocalModel
     from rag_prune.kv.masks import calibrate_masks
 
@@ -395,11 +397,162 @@ def kv_calibrate(
     typer.echo(f"Wrote {out}.")
 
 
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"Cannot read '{path}': {error}. Give a text file in UTF-8.") from error
+@app.command("model")
+def model(
+    source: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A folder of transformers', or a hub name.")
+    ],
+    method: Annotated[
+        str | None, typer.Option(help="A weight-pruning method from `prunekit methods`.")
+    ] = None,
+    sparsity: Annotated[
+        float | None, typer.Option(help="Share of single weights that become zero, 0 to 1.")
+    ] = None,
+    pattern: Annotated[
+        str | None, typer.Option(help="N:M: of every M weights in a row N stay, such as 2:4.")
+    ] = None,
+    remove: Annotated[
+        float | None, typer.Option(help="Share of the layers' weights that is cut out, 0 to 1.")
+    ] = None,
+    target: Annotated[
+        list[str] | None, typer.Option(help="Prune only these, such as 'mlp.*'; may be repeated.")
+    ] = None,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="A further setting, as NAME=VALUE; may be repeated."),
+    ] = None,
+    calibration: Annotated[
+        list[Path] | None, typer.Option(help="Text file, UTF-8, plain or .gz; may be repeated.")
+    ] = None,
+    windows: Annotated[
+        int | None, typer.Option(help="Windows of it to read; the paper's by default.")
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option(help="Tokens of a window; the paper's by default.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of which windows are drawn.")] = 0,
+    plan: Annotated[
+        Path | None, typer.Option(help="A saved plan to follow, in place of a method.")
+    ] = None,
+    save_plan: Annotated[
+        Path | None, typer.Option(help="Keep the plan: JSON, and a folder of tensors beside it.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The folder to write.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would go; write no model.")
+    ] = False,
+    evaluate: Annotated[
+        list[Path] | None,
+        typer.Option(help="Text to measure perplexity on, before and after; may be repeated."),
+    ] = None,
+    html: Page = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
+    device: Annotated[
+        str | None, typer.Option(help="cpu or cuda; a GPU if there is one by default.")
+    ] = None,
+) -> None:
+    """Prune a model's weights, units or layers into a folder that transformers and vLLM load.
+
+    The same command goes on where it was stopped: what was found of each layer stays in OUT.work
+    until the model is written.
+    """
+    import shutil
+
+    import yaml
+
+    from model_prune import Plan, load_method
+    from model_prune.checkpoint import check_output, open_checkpoint
+    from model_prune.evaluate import evaluate_folder
+    from model_prune.prune import describe, local_folder, plan_model, work_of, write_pruned
+    from prune_core.storage import read_text
+
+    if (method is None) == (plan is None):
+        raise InputError("Name a --method to plan by, or a --plan to follow: one of the two.")
+    if out is None and not dry_run:
+        raise InputError("Name the folder to write with --out, or look first with --dry-run.")
+    folder = local_folder(source)
+    texts = {path.name: read_text(path) for path in evaluate or ()}
+    if out is not None and not dry_run:
+        check_output(open_checkpoint(folder), out, overwrite)
+    before = evaluate_folder(folder, texts) if texts else {}
+    if plan is not None:
+        made = Plan.load(plan)
+    else:
+        given: dict[str, Any] = {"sparsity": sparsity, "pattern": pattern, "remove": remove}
+        given |= {"targets": target or None}
+        given = {name: value for name, value in given.items() if value is not None}
+        for text in setting or ():
+            name, equals, value = text.partition("=")
+            if not equals:
+                raise InputError(f"--set takes NAME=VALUE, got '{text}'.")
+            given[name] = yaml.safe_load(value)
+        made = plan_model(
+            folder,
+            load_method(str(method), **given),
+            calibration,
+            windows=windows,
+            tokens=tokens,
+            seed=seed,
+            work=work_of(out) if out else None,
+            device=device,
+        )
+    if save_plan is not None:
+        made.save(save_plan)
+    if dry_run or out is None:
+        report = describe(folder, made)
+    else:
+        settings: dict[str, Any] = {"texts": texts, "before": before, "overwrite": overwrite}
+        report = write_pruned(folder, out, made, **settings)
+        shutil.rmtree(work_of(out), ignore_errors=True)
+    typer.echo(report)
+    if html:
+        report.to_html(html)
+
+
+@app.command("model-eval")
+def model_eval(
+    folder: Annotated[str, typer.Argument(metavar="MODEL", help="A folder, or a hub name.")],
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(help="Text file, UTF-8, plain or .gz; may be repeated."),
+    ] = None,
+    against: Annotated[
+        str | None, typer.Option(help="Another model, to say how many times its perplexity.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens of a window.")] = 512,
+    windows: Annotated[int | None, typer.Option(help="Windows of each text; all of them.")] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(help="A task of the lm-evaluation-harness (.[eval]); may be repeated."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    as_json: Annotated[bool, typer.Option("--json", help="As a JSON object.")] = False,
+) -> None:
+    """Measure a model, pruned or not: perplexity and bits a byte of texts, scores of tasks."""
+    from model_prune.evaluate import compare, evaluate_folder, lm_eval_tasks
+    from prune_core.storage import read_text
+
+    if not text and not task:
+        raise InputError("Name what to measure on: --text FILE, or --task NAME.")
+    texts = {path.name: read_text(path) for path in text or ()}
+    sizes: dict[str, Any] = {"tokens": tokens, "max_windows": windows, "device": device}
+    found = evaluate_folder(folder, texts, **sizes) if texts else {}
+    other = evaluate_folder(against, texts, **sizes) if against and texts else {}
+    scores = lm_eval_tasks(folder, task, device=device) if task else {}
+    if as_json:
+        whole = {"perplexity": {name: one.to_dict() for name, one in found.items()}}
+        typer.echo(json.dumps(whole | {"tasks": scores}, indent=2, default=str))
+        return
+    for name, one in found.items():
+        count = len(one.window_nll)
+        typer.echo(
+            f"{name}: perplexity {one.value:.2f}, {one.bits_per_byte:.3f} bits a byte "
+            f"({count} windows of {tokens} tokens, {one.protocol.dtype})"
+        )
+        if name in other:
+            typer.echo(f"  {compare(other[name], one)}, against {against}")
+    for name, score in scores.items():
+        typer.echo(f"{name}: {score}")
 
 
 @app.command()
@@ -407,9 +560,10 @@ def methods(
     as_json: Annotated[bool, typer.Option("--json", help="As a JSON list.")] = False,
 ) -> None:
     """List every method, its paper, what it needs and what it costs."""
-    from rag_prune import METHODS
+    import model_prune
+    import rag_prune
 
-    rows = [method.to_dict() for method in METHODS]
+    rows = [method.to_dict() for package in (rag_prune, model_prune) for method in package.METHODS]
     if as_json:
         typer.echo(json.dumps(rows, indent=2))
         return

@@ -163,3 +163,13 @@ def toy_encoder(folder: Path, family: str = "bert") -> str:
     AutoModel.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+def toy_language_model(folder: Path) -> Path:
+    """Save a small random Llama of three layers with the toy task's words; its folder."""
+    from kv_oracle import tiny_llama
+
+    tokenizer = toy_tokenizer()
+    tiny_llama(vocab_size=len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+from transformers import AutoConfig
 
-from kv_oracle import tiny_llama
+import model_prune
 from pipelines import cli
 from rag_prune import METHODS, ContextPruner
 from rag_prune.kv.masks import load_masks, model_fingerprint
-from tiny import toy_encoder, toy_rows, toy_tokenizer, write_rows
+from tiny import toy_encoder, toy_language_model, toy_rows, write_rows
 
 ROOT = Path(__file__).parents[2]
 CURIE = "Marie Curie found radium. She liked cycling."
@@ -427,14 +428,15 @@ def test_a_server_that_refuses(run: Run, reader: Any, docs: Path) -> None:
 def test_methods(run: Run) -> None:
     ran = run("methods")
     assert (ran.code, ran.err) == (0, "")
-    for method in METHODS:
+    for method in (*METHODS, *model_prune.METHODS):
         assert method.paper in ran.out
     assert "(arXiv 2501.16214)" in ran.out
 
 
 def test_methods_as_json(run: Run) -> None:
     rows = json.loads(run("methods", "--json").out)
-    assert [row["name"] for row in rows] == [method.name for method in METHODS]
+    both = (*METHODS, *model_prune.METHODS)
+    assert [(row["package"], row["name"]) for row in rows] == [(m.package, m.name) for m in both]
     for row in rows:
         assert {"name", "package", "family", "paper", "arxiv", "year"} <= set(row)
     (provence,) = (row for row in rows if row["name"] == "provence")
@@ -594,21 +596,97 @@ def test_a_plan_that_cannot_be(run: Run, llama: Path, options: tuple[str, str], 
 
 # ------------------------------------------------------------------------------- kv calibrate
 def test_calibration_writes_a_file_of_masks(run: Run, tmp_path: Path) -> None:
-    tokenizer = toy_tokenizer()
-    model = tiny_llama(vocab_size=len(tokenizer))
-    model.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
+    folder = toy_language_model(tmp_path / "model")
     text = tmp_path / "text.txt"
     text.write_text("the cat is in paris today . " * 60)
     out = tmp_path / "masks.safetensors"
-    ran = run("kv", "calibrate", tmp_path / "model", text, "--out", out, "--tokens", "128")
+    ran = run("kv", "calibrate", folder, text, "--out", out, "--tokens", "128")
     assert (ran.code, ran.out) == (0, f"Wrote {out}.\n")
-    assert load_masks(out, model_fingerprint(model.config)).shape == (3, 2, 32)
+    config = AutoConfig.from_pretrained(folder)
+    assert load_masks(out, model_fingerprint(config)).shape == (3, 2, 32)
 
 
 def test_calibration_that_cannot_be(run: Run, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_bytes(b"\xff\xfe")
-    assert "Give a text file in UTF-8" in failed(run("kv", "calibrate", tmp_path, text))
+    assert "give a text file in UTF-8" in failed(run("kv", "calibrate", tmp_path, text))
     text.write_text("short")
     assert "Cannot load a language model" in failed(run("kv", "calibrate", tmp_path, text))
+
+
+# -------------------------------------------------------------------- model and model-eval
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> tuple[Path, Path]:
+    """A language model's folder and a text that it can read."""
+    text = tmp_path / "text.txt"
+    text.write_text("the cat is in paris today .\n" * 400)
+    return toy_language_model(tmp_path / "model"), text
+
+
+def test_a_look_before_anything_is_pruned(run: Run, toy: Any, tmp_path: Path) -> None:
+    model, text = toy
+    read = ("--calibration", text, "--windows", "2", "--tokens", "32")
+    ran = run("model", model, "--method", "flap", "--remove", "0.25", *read, "--dry-run")
+    assert ran.code == 0
+    assert "model: flap, remove 0.25" in ran.out
+    assert "of the decoder layers" in ran.out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "text.txt"]
+
+
+def test_prune_a_model_by_a_plan_that_was_kept(run: Run, toy: Any, tmp_path: Path) -> None:
+    model, text = toy
+    read = ("--calibration", text, "--windows", "2", "--tokens", "32")
+    kept, out, again = (tmp_path / name for name in ("plan.json", "out", "again"))
+    options = ("--method", "wanda", "--pattern", "2:4", "--target", "mlp.*", *read)
+    ran = run("model", model, *options, "--out", out, "--save-plan", kept, "--evaluate", text)
+    assert ran.code == 0
+    assert "Gone: 50.0 % of the target" in ran.out
+    assert "perplexity, text.txt:" in ran.out
+    assert json.loads((out / "prunekit.json").read_text())["settings"]["targets"] == ["mlp.*"]
+    page = tmp_path / "page.html"
+    assert run("model", model, "--plan", kept, "--out", again, "--html", page).code == 0
+    assert page.read_text().startswith("<!doctype html>")
+    one, other = ((folder / "model.safetensors").read_bytes() for folder in (out, again))
+    assert one == other
+
+    measure = ("--text", text, "--tokens", "32")
+    ran = run("model-eval", out, *measure, "--against", again)
+    assert "text.txt: perplexity " in ran.out
+    assert "1.000 times the perplexity" in ran.out
+    found = json.loads(run("model-eval", model, *measure, "--json").out)
+    assert found["perplexity"]["text.txt"]["protocol"]["tokens"] == 32
+
+
+def test_settings_that_only_one_method_has(run: Run, toy: Any) -> None:
+    model, _ = toy
+    dry = ("--method", "random", "--dry-run")
+    one, other = (run("model", model, *dry, "--set", f"seed={s}").out for s in (1, 2))
+    assert one == other  # as many go, but not the same: see the contract tests
+    said = failed(run("model", model, *dry, "--set", "sed=1"))
+    assert "Unknown key 'sed'. Did you mean 'seed'?" in said
+    assert "--set takes NAME=VALUE, got 'seed'" in failed(
+        run("model", model, *dry, "--set", "seed")
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--dry-run",), "Name a --method to plan by, or a --plan to follow"),
+        (("--method", "wanda"), "Name the folder to write with --out"),
+        (("--method", "wanda", "--dry-run"), "name a text file with --calibration"),
+        (("--method", "wanda", "--sparsity", "50", "--dry-run"), "write 0.5 for 50 %"),
+        (("--plan", "no.json", "--dry-run"), "Cannot read the plan 'no.json'"),
+        (("--method", "random", "--evaluate", "no.txt", "--out", "out"), "the text 'no.txt'"),
+    ],
+)
+def test_a_model_that_cannot_be_pruned(
+    run: Run, toy: Any, options: tuple[str, ...], says: str
+) -> None:
+    assert says in failed(run("model", toy[0], *options))
+
+
+def test_nothing_to_measure_on(run: Run, toy: Any) -> None:
+    assert "--text FILE, or --task NAME" in failed(run("model-eval", toy[0]))
