@@ -9,12 +9,14 @@ With --check nothing is written, and a table that would change is an error: the 
 import argparse
 import json
 import re
+import statistics
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from rag_prune import METHODS
+import model_prune
+import rag_prune
 
 ROOT = Path(__file__).parents[1]
 CARD = ROOT / "rag_prune" / "context" / "default" / "README.md"
@@ -474,6 +476,58 @@ def heads_questions() -> str:
     )
 
 
+def prune_serving() -> str:
+    report = results("serving", "model")
+    names = {
+        "dense": "dense",
+        "cut": f"{100 * report['layer_weights_removed']:.0f} % of the layers cut",
+        "transformers": "the same, through vLLM's transformers backend",
+    }
+    rows = []
+    for name, label in names.items():
+        engine = report["engines"][name]
+        times = [engine["times_dense"][f"{k}_tokens_per_second"] for k in ("prefill", "decode")]
+        cache = f"{engine['cache_tokens']} (×{engine['times_the_cache']:.2f})"
+        rows.append([label, *(f"×{median(ratio, '.2f')}" for ratio in times), cache])
+    return table(["16 sequences, 1 thread", "prefill", "decode", "tokens that fit"], rows)
+
+
+def prune_speed() -> str:
+    report = results("speed", "model")
+    rows = [
+        [
+            row["case"],
+            f"{statistics.median(pair['official']['seconds'] for pair in row['rounds']):.0f}",
+            f"{statistics.median(pair['ours']['seconds'] for pair in row['rounds']):.0f}",
+            f"×{median(row['speed-up'], '.2f')}",
+            f"×{median(row['memory'], '.2f')}",
+            f"{100 * row['masks_equal']:.2f} %",
+        ]
+        for row in report["rows"]
+    ]
+    head = f"{report['windows']} windows of {report['tokens']} tokens"
+    columns = [head, "official, s", "ours, s", "speed", "memory", "same mask"]
+    return table(columns, rows)
+
+
+def prune_memory() -> str:
+    report = results("memory", "model")
+    gib = 2**30
+    rows = [
+        [
+            name,
+            f"{row['peak'] / gib:.2f}",
+            f"{row['imported'] / gib:.2f}",
+            f"{sum(row['seconds'].values()):.0f}",
+        ]
+        for name, row in report["rows"].items()
+    ]
+    whole = report["whole_model_by_arithmetic"]
+    for name, size in (("in half precision", "float16"), ("in float32", "float32")):
+        rows.append([f"the model alone {name}, by arithmetic", f"{whole[size] / gib:.2f}", "", ""])
+    return table(["3.2 billion weights", "peak, GiB", "libraries", "seconds"], rows)
+
+
 def install() -> str:
     rows = [
         [f"`{r['what']}`", str(r["packages"]), str(r["megabytes"]), str(r["seconds"]), r["torch"]]
@@ -494,7 +548,8 @@ def methods() -> str:
         ["name", "family", "paper", "needs", "costs"],
         [
             [f"`{r['name']}`", r["family"], paper(r), r["needs"], r["cost"]]
-            for r in (m.to_dict() for m in METHODS)
+            for package in (rag_prune, model_prune)
+            for r in (m.to_dict() for m in package.METHODS)
         ],
     )
 
@@ -521,6 +576,9 @@ TABLES = {
     "heads-questions": heads_questions,
     "install": install,
     "methods": methods,
+    "prune_memory": prune_memory,
+    "prune_serving": prune_serving,
+    "prune_speed": prune_speed,
 }
 
 

@@ -1,0 +1,176 @@
+"""How much memory does it take to prune a model of 3 billion weights?
+
+    OMP_NUM_THREADS=2 python benchmarks/model/memory.py
+
+A Llama of random weights, in bfloat16 and of the sizes of Llama 3.2 3B, is written shard by shard
+to a temporary folder (TMPDIR says where: 6.4 GB, and as much again for what is pruned). Each row
+prunes it in a process of its own, on windows of random tokens: memory and time depend on sizes, not
+on what weights and text say.
+
+`peak` is VmHWM of the process: all that it had in memory at once, libraries and mapped files
+included; `peak_anonymous` leaves these two out, from samples every 10 ms; `imported` is what it has
+before it begins. `zeros` and `removed` are counted in the model that was written: `zeros` in one
+layer, read alone.
+
+Of peers nothing is measured. Their codes load the whole model before anything else, so the least
+that they take is arithmetic: 2 bytes a weight, or 4 where a CPU computes in float32.
+"""
+
+import argparse
+import json
+import multiprocessing
+import shutil
+import tempfile
+import threading
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import LlamaConfig
+
+from model_prune import Calibration, prune_model
+from model_prune.checkpoint import LAYERS, Checkpoint, open_checkpoint
+from model_prune.core.target import MATRICES, Dims
+from model_prune.decoders import build_layer
+from prune_core.provenance import provenance
+from prune_core.storage import write_json
+
+HERE = Path(__file__).parent / "results"
+PER_SHARD = 5  # layers: 0.94 GiB
+ROWS: dict[str, dict[str, Any]] = {
+    "wanda, half of the weights": {"method": "wanda", "sparsity": 0.5},
+    "flap, a quarter of the units": {"method": "flap", "remove": 0.25},
+}
+
+
+def write_model(folder: Path, layers: int) -> None:
+    config = LlamaConfig(
+        num_hidden_layers=layers,
+        hidden_size=3072,
+        num_attention_heads=24,
+        num_key_value_heads=8,
+        head_dim=128,
+        intermediate_size=8192,
+        vocab_size=128_256,
+        tie_word_embeddings=True,
+        architectures=["LlamaForCausalLM"],
+        dtype=torch.bfloat16,
+    )
+    config.save_pretrained(folder)
+    ends = {
+        "model.embed_tokens.weight": (config.vocab_size, config.hidden_size),
+        "model.norm.weight": (config.hidden_size,),
+    }
+    shards: list[dict[str, Any]] = [ends]
+    for i in range(layers):
+        if i % PER_SHARD == 0:
+            shards.append({})
+        layer = build_layer(config, i).state_dict()
+        shards[-1] |= {f"{LAYERS}{i}.{name}": tensor.shape for name, tensor in layer.items()}
+    generator = torch.Generator().manual_seed(0)
+    files: dict[str, str] = {}
+    for number, shapes in enumerate(shards, start=1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        save_file({key: drawn(shape, generator) for key, shape in shapes.items()}, folder / name)
+        files |= dict.fromkeys(shapes, name)
+    write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": files})
+
+
+def drawn(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    if len(shape) == 1:
+        return torch.ones(shape, dtype=torch.bfloat16)
+    return torch.randn(shape, generator=generator).mul_(0.02).bfloat16()
+
+
+def prune(folder: Path, out: Path, settings: dict[str, Any], windows: int, tokens: int) -> Any:
+    """In a process of its own: what it had in memory, in bytes, and the seconds it took."""
+    imported, anonymous, done = status("VmRSS"), [0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.01):
+            anonymous.append(status("RssAnon"))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(128_256, (windows, tokens), generator=generator)
+    try:
+        report = prune_model(
+            folder, out=out, calibration=Calibration(ids), device="cpu", progress=False, **settings
+        )
+    finally:
+        done.set()
+        watcher.join()
+    return {
+        "peak": status("VmHWM"),
+        "peak_anonymous": max(anonymous),
+        "imported": imported,
+        "seconds": report.seconds,
+    }
+
+
+def status(field: str) -> int:
+    """Bytes, by a field of the kernel's about this process."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise KeyError(field)
+
+
+def weights(checkpoint: Checkpoint) -> int:
+    """Of all decoder layers."""
+    config = checkpoint.config
+    return sum(Dims.of(config, i).weights for i in range(config.num_hidden_layers))
+
+
+def written(out: Path, before: Checkpoint) -> dict[str, float]:
+    """Shares that are gone, counted in what was written."""
+    after = open_checkpoint(out)
+    state = after.layer_state(after.config.num_hidden_layers // 2)
+    matrices = [state[f"{name}.weight"] for name in MATRICES]
+    zeros = sum(matrix.numel() - int(matrix.count_nonzero()) for matrix in matrices)
+    return {
+        "zeros": zeros / sum(matrix.numel() for matrix in matrices),
+        "removed": 1 - weights(after) / weights(before),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--layers", type=int, default=28)
+    parser.add_argument("--windows", type=int, default=2)
+    parser.add_argument("--tokens", type=int, default=256)
+    arguments = parser.parse_args()
+    spawn = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder, out = Path(temporary, "model"), Path(temporary, "pruned")
+        write_model(folder, arguments.layers)
+        before = open_checkpoint(folder)
+        rows = {}
+        for name, settings in ROWS.items():
+            with ProcessPoolExecutor(1, spawn) as process:
+                rows[name] = process.submit(
+                    prune, folder, out, settings, arguments.windows, arguments.tokens
+                ).result() | written(out, before)
+            shutil.rmtree(out)
+            print(name, json.dumps(rows[name], indent=1), flush=True)
+    config = before.config
+    layer, embeddings = Dims.of(config, 0).weights, config.vocab_size * config.hidden_size
+    total = weights(before) + embeddings
+    result = {
+        "weights": total,
+        "bytes": {"layer_in_float32": 4 * layer, "embeddings": 2 * embeddings},
+        "rows": rows,
+        "whole_model_by_arithmetic": {"float16": 2 * total, "float32": 4 * total},
+        **vars(arguments),
+        "threads": torch.get_num_threads(),
+        "provenance": provenance(seed=0),
+    }
+    write_json(HERE / "memory.json", result)
+
+
+if __name__ == "__main__":
+    main()
