@@ -221,6 +221,13 @@ def check_serving(line: str, place: Place) -> None:
     assert config.method == "think"
 
 
+def check_pruned_model(line: str, place: Place) -> None:
+    """vLLM finds the plugin by itself, as the project says; tests/serve starts engines."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    plugins = project["entry-points"]["vllm.general_plugins"]
+    assert plugins["prunekit_models"] == "model_prune.vllm_plugin:register"
+
+
 def check_methods(line: str, place: Place) -> None:
     """It lists them."""
     assert "provence" in place.run(line)
@@ -234,6 +241,8 @@ CHECKS: dict[str, Callable[[str, Place], None]] = {
     r"prunekit serve-context.*": check_options,
     r"prunekit rag ask .*": check_ask,
     r"prunekit kv (plan|calibrate) .*": check_options,
+    r"prunekit model(-eval)? .*": check_options,
+    r"vllm serve \w+": check_pruned_model,
     r"vllm serve .*": check_serving,
     r"prunekit methods( --json)?": check_methods,
 }
