@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -155,6 +156,15 @@ def check_kept(kept: Sequence[Kept]) -> None:
                     f"Layer {i} would lose every {family}: remove less, or remove whole layers "
                     f"with a method that does, such as angle."
                 )
+
+
+def units_of(kept: Kept) -> dict[Family, Tensor]:
+    """As a LayerPlan has them: numbers of the units that stay, of families that lose any."""
+    return {
+        family: torch.from_numpy(np.flatnonzero(stays))
+        for family, stays in kept.items()
+        if not stays.all()
+    }
 
 
 def everywhere_alike(skip_first: int = 0, skip_last: int = 0) -> Allocate:

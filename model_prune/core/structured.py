@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from model_prune.core.allocate import Allocate, Kept, check_kept
+from model_prune.core.allocate import Allocate, Kept, check_kept, units_of
 from model_prune.core.calibration import Calibration
 from model_prune.core.collect import Step, Watched, walk
 from model_prune.core.compensate import least_squares, mean_bias
@@ -27,23 +28,25 @@ Compensation = Literal["none", "bias", "least_squares"]
 _FAMILY = {site: family for family, site in SITE.items()}
 
 
-class UnitScores(Protocol):
-    """Where the scores of units come from."""
+class UnitScores(ABC):
+    """Where the scores of units come from; by default nothing of the activations is gathered.
 
-    @property
-    def families(self) -> tuple[Family, ...]:
-        """The kinds of units that are scored, and may be cut."""
+    families: the kinds of units that are scored, and may be cut.
+    gathers: whether scores come from statistics of the dense model's activations.
+    """
 
-    @property
-    def gathers(self) -> bool:
-        """Whether scores come from statistics of the dense model's activations."""
+    families: tuple[Family, ...]
+    gathers: ClassVar[bool] = False
 
     def watch(self, layer: Any, dims: Dims) -> Watched:
-        """The statistics to gather of a layer, by site; {} for none."""
+        """The statistics to gather of a layer, by site."""
+        return {}
 
     def solve(self, layer: Any, dims: Dims, site: str, statistics: Mapping[str, Any]) -> Tensors:
         """What comes of a site: scores by family ("neuron"), or "signal"."""
+        return {}
 
+    @abstractmethod
     def table(
         self,
         decoder: Decoder,
@@ -55,7 +58,7 @@ class UnitScores(Protocol):
 
 
 @dataclass(frozen=True)
-class Gathered:
+class Gathered(UnitScores):
     """Scores from statistics of the dense model's activations.
 
     statistics: what to gather for a family, by name, made for one layer.
@@ -97,7 +100,7 @@ class Gathered:
 
 
 @dataclass(frozen=True)
-class FromWeights:
+class FromWeights(UnitScores):
     """Scores from a layer's weights alone.
 
     score: (family, layer's number, its parameters, sizes) -> [units], higher ones are kept.
@@ -105,15 +108,6 @@ class FromWeights:
 
     families: tuple[Family, ...]
     score: Callable[[Family, int, Mapping[str, Tensor], Dims], Tensor]
-    gathers = False
-
-    def watch(self, layer: Any, dims: Dims) -> Watched:
-        """See UnitScores."""
-        return {}
-
-    def solve(self, layer: Any, dims: Dims, site: str, statistics: Mapping[str, Any]) -> Tensors:
-        """See UnitScores."""
-        return {}
 
     def table(
         self,
@@ -202,11 +196,7 @@ class Structured:
         return solved
 
     def _plan(self, decoder: Decoder, i: int, kept: Kept, solved: Tensors) -> LayerPlan:
-        units: dict[Family, Tensor] = {
-            family: torch.from_numpy(np.flatnonzero(stays))
-            for family, stays in kept.items()
-            if not stays.all()
-        }
+        units = units_of(kept)
         plan = LayerPlan(units=units)
         if self.compensation == "none":
             return plan

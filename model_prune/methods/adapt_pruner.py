@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from model_prune.core.allocate import check_least, spread_out, without_lowest
+from model_prune.core.allocate import check_least, spread_out, units_of, without_lowest
 from model_prune.core.calibration import Calibration
 from model_prune.core.decoder import Decoder
 from model_prune.core.gradients import BATCH_TOKENS, check_memory
@@ -107,16 +107,7 @@ class _State:
         self.shares = np.zeros(len(dims))
 
     def plans(self) -> list[LayerPlan]:
-        return [
-            LayerPlan(
-                units={
-                    family: torch.from_numpy(np.flatnonzero(stays))
-                    for family, stays in kept.items()
-                    if not stays.all()
-                }
-            )
-            for kept in self.kept
-        ]
+        return [LayerPlan(units=units_of(kept)) for kept in self.kept]
 
     def removed(self) -> int:
         """Weights that are gone."""

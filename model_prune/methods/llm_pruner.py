@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,10 +11,9 @@ from torch import Tensor
 
 from model_prune.core.allocate import everywhere_alike
 from model_prune.core.calibration import Calibration
-from model_prune.core.collect import Watched
 from model_prune.core.decoder import Decoder
 from model_prune.core.gradients import check_memory, gradients
-from model_prune.core.structured import Compensation, Structured
+from model_prune.core.structured import Compensation, Structured, UnitScores
 from model_prune.core.target import UNITS, Dims, Family
 from model_prune.core.units import MEMBERS, by_unit
 from model_prune.core.work import Tensors
@@ -68,20 +67,11 @@ class LLMPruner(Units):
 
 
 @dataclass(frozen=True)
-class Taylor:
+class Taylor(UnitScores):
     """Taylor importance of whole units: see `LLMPruner`. A source of scores for `Structured`."""
 
     order: Order = "first"
     families: tuple[Family, ...] = UNITS
-    gathers = False
-
-    def watch(self, layer: Any, dims: Dims) -> Watched:
-        """See UnitScores."""
-        return {}
-
-    def solve(self, layer: Any, dims: Dims, site: str, statistics: Mapping[str, Any]) -> Tensors:
-        """See UnitScores."""
-        return {}
 
     def table(
         self,
