@@ -78,7 +78,7 @@ class Checkpoint:
     @property
     def dtype(self) -> torch.dtype:
         """Of the first layer's matrices."""
-        return self.tensor(f"{LAYERS}0.mlp.down_proj.weight").dtype
+        return self.rows(f"{LAYERS}0.mlp.down_proj.weight", torch.tensor([0])).dtype
 
     @property
     def fingerprint(self) -> str:
