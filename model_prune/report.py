@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from model_prune.core.plan import LayerPlan
-from model_prune.core.target import MATRICES, UNITS, Dims, Family
+from model_prune.core.target import MATRICES, UNITS, Dims, Family, place_of
 from model_prune.core.units import kept_weights
 from model_prune.evaluate import Perplexity, compare
 from model_prune.graph.cut import dims_after
@@ -223,7 +223,7 @@ class Report:
         layers = [(layer.gone(), layer.weights()) for layer in self.layers]
         target = layers
         if self.target is not None:
-            named = [(int(i), matrix) for i, matrix in (n.split(".", 2)[1:] for n in self.target)]
+            named = [place_of(name) for name in self.target]
             target = [(self.layers[i].gone([m]), self.layers[i].weights([m])) for i, m in named]
         gone, weights = _sums(layers)
         gone_of_target, of_target = _sums(target)

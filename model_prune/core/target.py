@@ -114,6 +114,12 @@ def family_of(config: Any) -> str:
     return kind.removeprefix(PRUNED)
 
 
+def place_of(name: str) -> tuple[int, str]:
+    """The layer and the matrix of a name like "layers.3.mlp.down_proj"."""
+    _, layer, matrix = name.split(".", 2)
+    return int(layer), matrix
+
+
 def matching(patterns: Sequence[str] | None, layers: int) -> list[str]:
     """Names like "layers.3.mlp.down_proj" of the matrices that a pattern matches; None: all.
 

@@ -15,6 +15,7 @@ from model_prune.core.decoder import Decoder
 from model_prune.core.elementwise import Elementwise, Solved, Weights
 from model_prune.core.statistics import Moments
 from model_prune.core.structure import PerRow
+from model_prune.core.target import place_of
 from model_prune.method import Elements
 from prune_core.errors import InputError
 
@@ -77,7 +78,7 @@ class DSnoT(Elements):
             wanda = weight.abs() * moments.norm
             first = wanda if self.start == "wanda" else weight.abs()
             mask = PerRow().mask(first, sparsities[name])
-            matrix = name.split(".", 2)[2]
+            _, matrix = place_of(name)
             if any(fnmatchcase(matrix, pattern) for pattern in self.repair):
                 mask = self.swapped(weight * moments.mean, moments.variance, wanda, mask)
             solved[name] = (None, mask)

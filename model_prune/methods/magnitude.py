@@ -14,7 +14,7 @@ from model_prune.core.decoder import Decoder
 from model_prune.core.elementwise import Elementwise, by_score
 from model_prune.core.structure import PerMatrix
 from model_prune.core.structured import FromWeights, Structured
-from model_prune.core.target import UNITS, Dims, Family
+from model_prune.core.target import UNITS, Dims, Family, place_of
 from model_prune.core.units import MEMBERS, by_unit
 from model_prune.method import Either
 from prune_core.errors import InputError
@@ -57,14 +57,14 @@ class Magnitude(Either):
 
 
 def _shape(decoder: Decoder, name: str) -> tuple[int, int]:
-    _, layer, matrix = name.split(".", 2)
-    return decoder.dims[int(layer)].shape(matrix)
+    layer, matrix = place_of(name)
+    return decoder.dims[layer].shape(matrix)
 
 
 def _scores(decoder: Decoder, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
     for name in names:
-        _, layer, matrix = name.split(".", 2)
-        yield name, decoder.state(int(layer))[f"{matrix}.weight"].abs()
+        layer, matrix = place_of(name)
+        yield name, decoder.state(layer)[f"{matrix}.weight"].abs()
 
 
 def _score(name: str, weight: Tensor, statistics: Mapping[str, Any]) -> Tensor:

@@ -15,7 +15,7 @@ from model_prune.core.decoder import Decoder
 from model_prune.core.elementwise import Elementwise
 from model_prune.core.plan import LayerPlan
 from model_prune.core.statistics import SquaredNorm
-from model_prune.core.target import SITES
+from model_prune.core.target import SITES, place_of
 from model_prune.core.work import Work
 from model_prune.method import Elements
 from model_prune.methods.magnitude import Magnitude
@@ -87,7 +87,7 @@ class _Weighed:
         )
         walk(decoder, calibration, step, order="dense", work=norms, progress=progress)
         targets = method.shares(decoder)
-        layers = sorted({int(name.split(".")[1]) for name in targets})
+        layers = sorted({place_of(name)[0] for name in targets})
         shares = around(
             [method.outliers(self._scores(decoder, i, norms[i], targets)) for i in layers],
             method.share,
