@@ -33,15 +33,15 @@ def provenance(seed: int | None = None, **extra: Any) -> dict[str, Any]:
     is already imported. The git commit is that of the checkout this package lives in, if it is
     one. No absolute path is recorded: in the command line only the last name of one stays.
     """
-    cpuinfo = _cpuinfo()
-    flags = set(cpuinfo.get("flags", cpuinfo.get("Features", "")).split())
+    about = cpuinfo()
+    flags = set(about.get("flags", about.get("Features", "")).split())
     program, *arguments = getattr(sys, "argv", None) or [""]
     return {
         "prunekit": prune_core.__version__,
         "versions": _versions(),
         "python": platform.python_version(),
         "os": platform.platform(),
-        "cpu": cpuinfo.get("model name") or platform.processor() or platform.machine(),
+        "cpu": about.get("model name") or platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "simd": [flag for flag in _SIMD.split() if flag in flags],
         "memory": _memory(),
@@ -64,7 +64,7 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _cpuinfo() -> dict[str, str]:
+def cpuinfo() -> dict[str, str]:
     """The first value of each field of /proc/cpuinfo; empty where there is no such file."""
     try:
         lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()

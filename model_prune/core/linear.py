@@ -9,20 +9,18 @@ rounding.
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from prune_core.provenance import cpuinfo
+
 
 @functools.cache
 def onednn_is_faster() -> bool:
     """Whether torch would ask MKL on a processor that is not Intel's, and oneDNN is there."""
-    try:
-        foreign = "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
+    foreign = cpuinfo().get("vendor_id") == "AuthenticAMD"
     backends: Any = torch.backends
     libraries = backends.mkl.is_available() and backends.mkldnn.is_available()
     return bool(foreign and libraries and hasattr(torch.ops.mkldnn, "_linear_pointwise"))

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prune_core.provenance import cpuinfo
 from prune_core.storage import atomic_write
 from rag_prune.kv import pages
 from rag_prune.kv.pages import Storage
@@ -239,11 +240,7 @@ def _warn(reason: str) -> None:
 
 def available() -> list[str]:
     """The builds that this processor can run, best first: "avx512", "avx2"."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
-    except OSError:
-        return []
-    flags = next((line.split(":")[1].split() for line in lines if line.startswith("flags")), [])
+    flags = cpuinfo().get("flags", "").split()
     return [name for name, needed in _BUILDS.items() if set(needed.split()) <= set(flags)]
 
 
