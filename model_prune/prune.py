@@ -33,6 +33,7 @@ def prune_model(
     windows: int | None = None,
     tokens: int | None = None,
     seed: int = 0,
+    save_plan: StrPath | None = None,
     texts: Mapping[str, str] | None = None,
     overwrite: bool = False,
     device: str | None = None,
@@ -52,6 +53,7 @@ def prune_model(
         calibration: Text files, UTF-8, plain or .gz; or windows.
         windows, tokens: How many windows of how many tokens are read; the paper's by default.
         seed: Of which windows are drawn.
+        save_plan: Where to keep the plan, as Plan.save does.
         texts: To measure the perplexity on before and after, by name.
         overwrite: Replace what is at `out`.
         device: Of the computation: a GPU if there is one.
@@ -83,6 +85,8 @@ def prune_model(
         progress=progress,
     )
     spent = {"plan": time.perf_counter() - started}
+    if save_plan is not None:
+        plan.save(save_plan)
     report = write_pruned(
         folder,
         out,
@@ -155,6 +159,9 @@ def write_pruned(
     `texts`.
     """
     folder, out = local_folder(model), Path(out)
+    check_output(open_checkpoint(folder), out, overwrite)
+    # First, so that a text that does not do is told before anything is written.
+    was = before or (evaluate_folder(folder, texts, progress=progress) if texts else {})
     spent, started = dict(seconds or {}), time.perf_counter()
     about = plan.to_dict() | {"provenance": provenance()}
     write_checkpoint(
@@ -164,7 +171,6 @@ def write_pruned(
     perplexity = {}
     if texts:
         started = time.perf_counter()
-        was = before or evaluate_folder(folder, texts, progress=progress)
         now = evaluate_folder(out, texts, progress=progress)
         perplexity = {name: (was[name], now[name]) for name in texts}
         spent["evaluate"] = time.perf_counter() - started
@@ -179,7 +185,7 @@ def describe(model: StrPath, plan: Plan, **measured: Any) -> Report:
 
     measured: `perplexity` and `seconds` of Report.of.
     """
-    checkpoint = open_checkpoint(model)
+    checkpoint = open_checkpoint(local_folder(model))
     targets = plan.settings.get("targets")
     what = ", ".join(f"{k} {v}" for k, v in plan.settings.items() if k in _SIZES and v is not None)
     return Report.of(

@@ -456,54 +456,52 @@ def model(
     The same command goes on where it was stopped: what was found of each layer stays in OUT.work
     until the model is written.
     """
-    import shutil
-
     import yaml
 
     from model_prune import Plan, load_method
-    from model_prune.checkpoint import check_output, open_checkpoint
-    from model_prune.evaluate import evaluate_folder
-    from model_prune.prune import describe, local_folder, plan_model, work_of, write_pruned
+    from model_prune.prune import describe, plan_model, prune_model, work_of, write_pruned
     from prune_core.storage import read_text
 
     if (method is None) == (plan is None):
         raise InputError("Name a --method to plan by, or a --plan to follow: one of the two.")
     if out is None and not dry_run:
         raise InputError("Name the folder to write with --out, or look first with --dry-run.")
-    folder = local_folder(source)
-    texts = {path.name: read_text(path) for path in evaluate or ()}
-    if out is not None and not dry_run:
-        check_output(open_checkpoint(folder), out, overwrite)
-    before = evaluate_folder(folder, texts) if texts else {}
-    if plan is not None:
-        made = Plan.load(plan)
-    else:
-        given: dict[str, Any] = {"sparsity": sparsity, "pattern": pattern, "remove": remove}
-        given |= {"targets": target or None}
-        given = {name: value for name, value in given.items() if value is not None}
-        for text in setting or ():
-            name, equals, value = text.partition("=")
-            if not equals:
-                raise InputError(f"--set takes NAME=VALUE, got '{text}'.")
-            given[name] = yaml.safe_load(value)
-        made = plan_model(
-            folder,
-            load_method(str(method), **given),
-            calibration,
-            windows=windows,
-            tokens=tokens,
-            seed=seed,
-            work=work_of(out) if out else None,
-            device=device,
+    given: dict[str, Any] = {"sparsity": sparsity, "pattern": pattern, "remove": remove}
+    given |= {"targets": target or None}
+    given = {name: value for name, value in given.items() if value is not None}
+    for text in setting or ():
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise InputError(f"--set takes NAME=VALUE, got '{text}'.")
+        given[name] = yaml.safe_load(value)
+    read: dict[str, Any] = {"windows": windows, "tokens": tokens, "seed": seed, "device": device}
+    writing: dict[str, Any] = {
+        "texts": {path.name: read_text(path) for path in evaluate or ()},
+        "overwrite": overwrite,
+    }
+    if method is not None and out is not None and not dry_run:
+        report = prune_model(
+            source,
+            method=load_method(method, **given),
+            out=out,
+            calibration=calibration,
+            save_plan=save_plan,
+            **read,
+            **writing,
         )
-    if save_plan is not None:
-        made.save(save_plan)
-    if dry_run or out is None:
-        report = describe(folder, made)
     else:
-        settings: dict[str, Any] = {"texts": texts, "before": before, "overwrite": overwrite}
-        report = write_pruned(folder, out, made, **settings)
-        shutil.rmtree(work_of(out), ignore_errors=True)
+        if method is not None:
+            kept = work_of(out) if out else None  # so that the run without --dry-run goes on there
+            chosen = load_method(method, **given)
+            made = plan_model(source, chosen, calibration, work=kept, **read)
+        else:
+            made = Plan.load(str(plan))
+        if save_plan is not None:
+            made.save(save_plan)
+        if dry_run or out is None:
+            report = describe(source, made)
+        else:
+            report = write_pruned(source, out, made, **writing)
     typer.echo(report)
     if html:
         report.to_html(html)
