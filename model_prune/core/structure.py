@@ -76,10 +76,16 @@ class PerMatrix:
 
 @dataclass(frozen=True)
 class PerRow:
-    """The lowest scores of every row go: each output keeps the same number of inputs."""
+    """The lowest scores of every row go: each output keeps as many inputs, the first rows one less.
+
+    That is where the matrix's exact count is no multiple of its rows.
+    """
 
     def mask(self, scores: Tensor, sparsity: float) -> Tensor:
-        return keep_highest(scores, removed_count(scores.shape[1], sparsity))
+        each, rest = divmod(removed_count(scores.numel(), sparsity), len(scores))
+        if not rest:
+            return keep_highest(scores, each)
+        return torch.cat([keep_highest(scores[:rest], each + 1), keep_highest(scores[rest:], each)])
 
 
 @dataclass(frozen=True)
