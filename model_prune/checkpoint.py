@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoConfig
@@ -32,9 +31,9 @@ from model_prune.core.work import trim
 from model_prune.decoders import build_layer, pruned_config
 from model_prune.graph.cut import dims_after, no_biases, prune_state
 from prune_core.errors import CheckpointError, InputError
-from prune_core.storage import StrPath, atomic_folder, write_json
+from prune_core.storage import StrPath, atomic_folder, save_tensors, write_json
 
-SHARD = 1 << 30  # bytes; what writing holds, beside a layer
+SHARD = 1 << 28  # bytes; what writing holds, beside a layer
 LAYERS = "model.layers."
 # What goes along with the weights; all else in the folder is about the model before.
 COPIED = (
@@ -199,7 +198,7 @@ def write_checkpoint(
     layers: a plan a layer; each is taken once, in order, so they may come from a file one by one.
     plan_json: what prunekit.json shall hold.
 
-    In memory are a layer, its plan, and the tensors of one shard, some 1 GiB.
+    In memory are a layer, its plan, and the tensors of one shard, some 256 MiB, or the embeddings.
 
     Raises CheckpointError and InputError as `open_checkpoint` and `prune_state` do, and InputError
     for another number of plans, plans that keep no layer, a folder `out` that holds files (unless
@@ -278,7 +277,7 @@ class _Shards:
     def _write(self) -> None:
         self.shards.append(list(self.waiting))
         self.sizes.append(sum(tensor.nbytes for tensor in self.waiting.values()))
-        save_file(self.waiting, self._path(len(self.shards)), {"format": "pt"})
+        save_tensors(self._path(len(self.shards)), self.waiting)
         self.waiting = {}
 
     def close(self) -> None:

@@ -76,6 +76,21 @@ def atomic_folder(path: StrPath, overwrite: bool = False) -> Iterator[Path]:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
+def save_tensors(path: StrPath, tensors: Mapping[str, Any]) -> None:
+    """Write torch tensors as safetensors, as transformers does, to be read by whom the umask lets.
+
+    safetensors' own files are private to the user, so that another user's server cannot read them.
+    Use it within `atomic_folder`: the file is not whole at once.
+    """
+    from safetensors.torch import save_file
+
+    path = Path(path)
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(dict(tensors), path, {"format": "pt"})
+    path.chmod(mode)
+
+
 def write_json(path: StrPath, obj: Any) -> None:
     """Write `obj` as indented JSON, atomically; raises TypeError for what JSON cannot hold."""
     with atomic_write(path) as file:

@@ -20,14 +20,13 @@ import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load as load_weights
-from safetensors.torch import save_file
 from scipy.special import expit
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForTokenClassification, AutoTokenizer
 
 from prune_core.errors import CheckpointError, InputError
 from prune_core.recipe import parse_recipe
-from prune_core.storage import atomic_folder
+from prune_core.storage import atomic_folder, save_tensors
 from rag_prune.context.model import PrunerModel
 from rag_prune.context.sentences import SPLITTER
 
@@ -111,9 +110,7 @@ def save(
         config["architectures"] = [type(model.classifier).__name__]
         config["prunekit"] = asdict(settings) | {"late": model.late.tolist()}
         (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        save_file(
-            _to_int8(state) if int8 else state, temporary / "model.safetensors", {"format": "pt"}
-        )
+        save_tensors(temporary / "model.safetensors", _to_int8(state) if int8 else state)
 
 
 def load(folder: Path) -> Checkpoint:

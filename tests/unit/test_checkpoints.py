@@ -211,7 +211,7 @@ def test_a_folder_in_use_is_not_replaced_unless_asked(
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("rag_prune.context.checkpoints.save_file", full)
+    monkeypatch.setattr("rag_prune.context.checkpoints.save_tensors", full)
     with pytest.raises(OSError, match="No space"):
         save(folder, *parts, overwrite=True)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
