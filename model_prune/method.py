@@ -75,7 +75,7 @@ class Method(ABC):
             )
         read = calibration if self.windows else None
         if read is not None:
-            read.check_tokens(decoder.config.vocab_size)
+            read.check(decoder.config)
         about: dict[str, Any] = {
             "method": self.name,
             "settings": self.settings(),

@@ -30,13 +30,32 @@ class Calibration:
                 f"window, got {self.windows.dtype} {tuple(self.windows.shape)}."
             )
 
-    def check_tokens(self, vocabulary: int) -> None:
-        """Raise InputError for a token that a model of so many tokens does not know."""
+    def check(self, config: Any) -> None:
+        """Raise InputError for windows that a model, by its config, does not read.
+
+        That is for tokens that it does not know, and for windows longer than it attends over: here
+        every token of a window sees all before it, so a sliding attention must be as long.
+        """
         lowest, highest = (int(end) for end in self.windows.aminmax())
-        if lowest < 0 or highest >= vocabulary:
+        if lowest < 0 or highest >= config.vocab_size:
             raise InputError(
                 f"The calibration windows hold tokens from {lowest} to {highest}, and the model "
-                f"knows 0 to {vocabulary - 1}: tokenise the text with the model's own tokenizer."
+                f"knows 0 to {config.vocab_size - 1}: tokenise the text with the model's own "
+                f"tokenizer."
+            )
+        tokens = self.windows.shape[1]
+        kinds = set(getattr(config, "layer_types", None) or ())
+        sliding = getattr(config, "sliding_window", None)
+        if sliding and tokens > sliding and (not kinds or "sliding_attention" in kinds):
+            raise InputError(
+                f"The model attends to {sliding} tokens at a time, and a calibration window has "
+                f"{tokens}: give windows of at most {sliding} tokens."
+            )
+        limit = getattr(config, "max_position_embeddings", None)
+        if limit and tokens > limit:
+            raise InputError(
+                f"The model reads at most {limit} tokens, and a calibration window has {tokens}: "
+                f"give shorter windows."
             )
 
     @property

@@ -289,23 +289,27 @@ def test_tokens_of_another_vocabulary_are_refused(stored, llama, tmp_path):
 
 
 def test_windows_longer_than_the_model_reads_are_refused():
-    pass_over(roomy_decoder("llama", max_position_embeddings=12), windows=WINDOWS)
-    with pytest.raises(InputError, match=r"reads at most 11 tokens, and a .+ has 12"):
-        pass_over(roomy_decoder("llama", max_position_embeddings=11), windows=WINDOWS)
+    load_method("wanda").plan(
+        roomy_decoder("llama", max_position_embeddings=12), WINDOWS, progress=False
+    )
+    short = roomy_decoder("llama", max_position_embeddings=11)
+    for method in ("wanda", "llm_pruner", "adapt_pruner"):
+        with pytest.raises(InputError, match=r"reads at most 11 tokens, and a .+ has 12"):
+            load_method(method).plan(short, WINDOWS, progress=False)
 
 
 @pytest.mark.parametrize("family", ["mistral", "qwen3"])
 def test_windows_longer_than_a_sliding_one_are_refused(family):
     model = tiny_decoder(family)
-    pass_over(model, windows=random_windows(tokens=6))
+    load_method("wanda").plan(model, random_windows(tokens=6), progress=False)
     with pytest.raises(InputError, match=r"attends to 6 tokens at a time, and a .* window has 7"):
-        pass_over(model, windows=random_windows(tokens=7))
+        load_method("wanda").plan(model, random_windows(tokens=7), progress=False)
 
 
 def test_a_sliding_window_that_no_layer_has_does_not_count():
     model = tiny_decoder("qwen3", layer_types=["full_attention"] * 4)
     assert model.config.sliding_window == 6
-    pass_over(model, windows=WINDOWS)
+    load_method("wanda").plan(model, WINDOWS, progress=False)
 
 
 # ------------------------------------------------------------------ stopped and resumed
