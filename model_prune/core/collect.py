@@ -29,7 +29,8 @@ from prune_core.errors import InputError
 
 Order = Literal["dense", "layer", "staged"]
 Watched = Mapping[str, Mapping[str, Statistic]]
-BATCH_TOKENS = 4096
+BATCH_TOKENS = 2048
+KEPT = 1 << 30  # bytes of a matrix's inputs that "staged" keeps; more are computed again
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,7 @@ def walk(
     Layers that `work` holds already are only passed through, pruned as they were, so that a pass
     that was stopped goes on with the same activations.
 
-    Raises InputError for activations that are not finite, naming the layer, and for windows that
-    the model cannot attend over.
+    Raises InputError for activations that are not finite, naming the layer.
     """
     layers = range(len(decoder.dims))
     if all(i in work for i in layers):
@@ -90,7 +90,6 @@ class _Pass:
     def __init__(self, decoder: Decoder, calibration: Calibration, batch_tokens: int) -> None:
         windows = calibration.windows
         count, tokens = windows.shape
-        _check_window(decoder.config, tokens)
         self._rotary = decoder.rotary(tokens)
         sizes = (count, tokens, decoder.config.hidden_size)
         self._hidden = torch.empty(sizes, dtype=decoder.dtype, device=decoder.device)
@@ -146,25 +145,44 @@ class _Pass:
         for batch in self._batches:
             _observe(watched, "attn_in", layer.input_layernorm(self._hidden[batch]))
         prune("attn_in")
-        attended = []
-        for batch in self._batches:
-            x = layer.input_layernorm(self._hidden[batch])
-            attended.append(_attend(layer, x, self._rotary))
-            _observe(watched, "attn_out", attended[-1])
+        attended = self._observed(
+            watched,
+            "attn_out",
+            lambda hidden: _attend(layer, layer.input_layernorm(hidden), self._rotary),
+        )
         prune("attn_out")
         for batch in self._batches:
-            self._hidden[batch] += layer.self_attn.o_proj(attended.pop(0))
+            self._hidden[batch] += layer.self_attn.o_proj(attended(batch))
             _observe(watched, "mlp_in", layer.post_attention_layernorm(self._hidden[batch]))
         prune("mlp_in")
-        middle = []
-        for batch in self._batches:
-            middle.append(_middle(layer, layer.post_attention_layernorm(self._hidden[batch])))
-            _observe(watched, "mlp_mid", middle[-1])
+        middle = self._observed(
+            watched,
+            "mlp_mid",
+            lambda hidden: _middle(layer, layer.post_attention_layernorm(hidden)),
+        )
         prune("mlp_mid")
         for batch in self._batches:
-            self._hidden[batch] += layer.mlp.down_proj(middle.pop(0))
+            self._hidden[batch] += layer.mlp.down_proj(middle(batch))
         self._check(i)
         return result
+
+    def _observed(
+        self, watched: Watched, site: str, compute: Callable[[Tensor], Tensor]
+    ) -> Callable[[slice], Tensor]:
+        """Gather a site's inputs; what is returned gives those of a batch once more."""
+        kept: dict[int, Tensor] = {}
+        for batch in self._batches:
+            x = compute(self._hidden[batch])
+            _observe(watched, site, x)
+            if x.nbytes * len(self._batches) <= KEPT:
+                kept[batch.start] = x
+
+        def again(batch: slice) -> Tensor:
+            if batch.start in kept:
+                return kept.pop(batch.start)
+            return compute(self._hidden[batch])
+
+        return again
 
     def _advance(self, batch: slice, layer: Any, watched: Watched) -> None:
         """The hidden states of a batch through the layer, in place."""
@@ -234,20 +252,3 @@ def _solve(
                 f"look for NaN or infinity in the layer's weights, and compute in float32."
             )
     return step.solve(i, layer, site, statistics)
-
-
-def _check_window(config: Any, tokens: int) -> None:
-    """All of the families attend over every token of a window; a sliding one must be as long."""
-    kinds = set(getattr(config, "layer_types", None) or ())
-    sliding = getattr(config, "sliding_window", None)
-    if sliding and tokens > sliding and (not kinds or "sliding_attention" in kinds):
-        raise InputError(
-            f"The model attends to {sliding} tokens at a time, and a calibration window has "
-            f"{tokens}: give windows of at most {sliding} tokens."
-        )
-    limit = getattr(config, "max_position_embeddings", None)
-    if limit and tokens > limit:
-        raise InputError(
-            f"The model reads at most {limit} tokens, and a calibration window has {tokens}: give "
-            f"shorter windows."
-        )

@@ -6,6 +6,7 @@ Layers are computed in float32 on a CPU and in the model's own dtype on a GPU.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import re
 from abc import ABC, abstractmethod
@@ -65,9 +66,9 @@ class Decoder(ABC):
 
     @abstractmethod
     def whole(self) -> nn.Module:
-        """The model in memory, for what cannot go layer by layer.
+        """The model in memory, in the dtype of computing, for what cannot go layer by layer.
 
-        A loaded model is given as it is, to be left as it was.
+        It may be the one that was given, so it is to be left as it was.
         """
 
     @property
@@ -108,6 +109,7 @@ class _Loaded(Decoder):
         first = next(model.parameters())
         super().__init__(config, first.device, first.dtype)
         self._model: Any = model
+        self._as_computed = first.dtype == self.dtype
 
     def state(self, layer: int) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self._model.model.layers[layer].state_dict()
@@ -120,17 +122,21 @@ class _Loaded(Decoder):
 
     def whole(self) -> nn.Module:
         model: nn.Module = self._model
-        return model
+        return model if self._as_computed else copy.deepcopy(model).to(self.dtype)
 
-    to_load = 0
+    @property
+    def to_load(self) -> int:
+        weights = sum(parameter.numel() for parameter in self._model.parameters())
+        return 0 if self._as_computed else weights * self.dtype.itemsize
 
     @property
     def fingerprint(self) -> str:
         digest = hashlib.sha256(self.config.to_json_string().encode())
         for parameter in self._model.parameters():
             # A sum and a sum of squares differ where weights do, and take no time.
-            exact = parameter.detach().double()
-            digest.update(f"{exact.sum():.17g} {exact.square().sum():.17g}".encode())
+            for part in parameter.detach().flatten().split(1 << 20):  # a copy of all is large
+                exact = part.double()
+                digest.update(f"{exact.sum():.17g} {exact.square().sum():.17g}".encode())
         return digest.hexdigest()
 
     @property

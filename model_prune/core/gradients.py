@@ -52,7 +52,7 @@ def gradients(
     batch = 1 if squares else max(1, BATCH_TOKENS // tokens)
     device = next(iter(weights.values())).device
     shown = None if progress else True
-    with _differentiable(model, weights.values()), torch.enable_grad():
+    with evaluating(model), _differentiable(model, weights.values()), torch.enable_grad():
         for windows in tqdm(
             torch.split(calibration.windows, batch), desc="gradients", unit="batch", disable=shown
         ):
@@ -74,8 +74,9 @@ def gradients(
 def check_memory(decoder: Decoder, *, squares: bool, progress: bool) -> None:
     """Say what gradients take before anything is loaded; raise InputError if there is not enough.
 
-    That is the model, unless it is loaded; the gradients of one batch and their mean, of the size
-    of the layers' matrices; and with squares as much again. Activations come on top.
+    That is the model, unless it is loaded as it computes; the gradients of one batch and their
+    mean, of the size of the layers' matrices; and with squares as much again. Activations come on
+    top.
     """
     matrices = sum(each.weights for each in decoder.dims)
     sums = matrices * 4 * (2 if squares else 1) + matrices * decoder.dtype.itemsize
@@ -94,17 +95,26 @@ def check_memory(decoder: Decoder, *, squares: bool, progress: bool) -> None:
 
 
 @contextmanager
-def _differentiable(model: nn.Module, weights: Any) -> Iterator[None]:
-    """The model in eval mode, with gradients of these weights alone."""
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode; afterwards each module is in its own again."""
     modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in modes:  # not train(), which would change those in it as well
+            module.training = training
+
+
+@contextmanager
+def _differentiable(model: nn.Module, weights: Any) -> Iterator[None]:
+    """Gradients of these weights alone."""
     asked = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
-        model.eval().requires_grad_(False)
+        model.requires_grad_(False)
         for weight in weights:
             weight.requires_grad_(True)
         yield
     finally:
         for parameter, was in asked:
             parameter.requires_grad_(was)
-        for module, training in modes:  # not train(), which would change those in it as well
-            module.training = training

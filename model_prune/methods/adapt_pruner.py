@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from model_prune.core.allocate import check_least, spread_out, units_of, without_lowest
 from model_prune.core.calibration import Calibration
 from model_prune.core.decoder import Decoder
-from model_prune.core.gradients import BATCH_TOKENS, check_memory
+from model_prune.core.gradients import BATCH_TOKENS, check_memory, evaluating
 from model_prune.core.mask import units_masked
 from model_prune.core.plan import LayerPlan
 from model_prune.core.schedule import linear
@@ -183,8 +183,9 @@ def cosines(model: Any, calibration: Calibration) -> NDArray[np.float64]:
     ]
     try:
         tokens = calibration.windows.shape[1]
-        for ids in torch.split(calibration.windows, max(1, BATCH_TOKENS // tokens)):
-            model.model(input_ids=ids.to(model.device), use_cache=False)
+        with evaluating(model):
+            for ids in torch.split(calibration.windows, max(1, BATCH_TOKENS // tokens)):
+                model.model(input_ids=ids.to(model.device), use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
