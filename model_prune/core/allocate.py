@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -170,7 +171,8 @@ def units_of(kept: Kept) -> dict[Family, Tensor]:
 def everywhere_alike(skip_first: int = 0, skip_last: int = 0) -> Allocate:
     """The same share in every layer but those at the ends; KV groups first, rounded down.
 
-    Neurons make up for the rounding in weights, so the total is met within one neuron.
+    Neurons make up for the rounding in weights, so the total is met within one neuron. Where they
+    are too few for that, more groups go.
     """
 
     def allocate(table: Sequence[Scored], dims: Sequence[Dims], budget: float) -> Sequence[Kept]:
@@ -181,10 +183,15 @@ def everywhere_alike(skip_first: int = 0, skip_last: int = 0) -> Allocate:
                 f"stay whole, which leaves none to prune: leave fewer out."
             )
         share = budget / sum(dims[i].weights for i in inner)
-        groups = [
-            int(share * len(table[i]["kv_group"]) + 1e-6) if "kv_group" in table[i] else 0
-            for i in inner
-        ]
+
+        def groups_of(i: int) -> int:
+            if "kv_group" not in table[i]:
+                return 0
+            neurons = (dims[i].neurons - 1) * dims[i].cost("neuron")
+            least = math.ceil((share * dims[i].weights - neurons) / dims[i].cost("kv_group"))
+            return max(removed_count(len(table[i]["kv_group"]), share), least)
+
+        groups = [groups_of(i) for i in inner]
         left = budget - sum(
             count * dims[i].cost("kv_group") for count, i in zip(groups, inner, strict=True)
         )
