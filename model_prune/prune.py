@@ -44,7 +44,8 @@ def prune_model(
 
     A run that was stopped goes on where it was when it is called again in the same way: results
     of layers are kept in the folder `OUT.work` until the model is written. Besides what methods
-    that need gradients say, one layer and the activations are in memory.
+    that need gradients say, and what `texts` take, which load both models whole, one layer and the
+    activations are in memory.
 
     Args:
         model: A folder of transformers', or the name of a model of the hub.
