@@ -10,8 +10,8 @@ load half precision on a GPU, and FLAP's units, KV groups with their own cost, w
 query heads of 128 without GQA.
 
 Each function takes a causal language model of Llama's form and int64 windows [n, T], and gives
-masks, True where something stays, with the seconds of each phase: `forward` (layers),
-`statistics` (in the hooks) and `solve`. Weights are changed in place.
+the seconds of each phase: `forward` (layers), `statistics` (in the hooks) and `solve`. Wanda and
+SparseGPT make weights zero in place.
 """
 
 import time
@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-Masks = dict[str, Tensor]
 Seconds = dict[str, float]
 
 GROUPS = (  # of true_sequential, in their order
@@ -155,10 +154,10 @@ def lowest_in_groups(scores: Tensor, nm: tuple[int, int], removed: Tensor, start
 @torch.no_grad()
 def wanda(
     model: Any, windows: Tensor, sparsity: float, nm: tuple[int, int] | None = None
-) -> tuple[Masks, Seconds]:
-    """Masks by matrix ("layers.0.mlp.down_proj"); nm: keep n of m, instead of `sparsity`."""
-    run, masks = Run(model, windows), {}
-    for i, layer in enumerate(run.layers):
+) -> Seconds:
+    """nm: keep n of m, instead of `sparsity`."""
+    run = Run(model, windows)
+    for layer in run.layers:
         linears = linears_of(layer)
         statistics = run.collect(layer, linears, Norms)
         with run.clock("solve"):
@@ -173,16 +172,15 @@ def wanda(
                     order = torch.sort(scores, dim=-1, stable=True)[1]
                     removed.scatter_(1, order[:, : int(scores.shape[1] * sparsity)], True)
                 weight[removed] = 0
-                masks[f"layers.{i}.{name}"] = ~removed
         run.forward(layer)
         run.swap()
-    return masks, run.seconds
+    return run.seconds
 
 
 def sweep(
     weight: Tensor, gram: Tensor, sparsity: float, nm: tuple[int, int] | None, blocksize: int = 128
-) -> tuple[Tensor, Tensor]:
-    """(weights, removed) of one matrix, with damping .01."""
+) -> Tensor:
+    """The weights of one matrix, pruned, with damping .01."""
     weight = weight.clone()
     dead = gram.diagonal() == 0
     gram[dead, dead] = 1
@@ -208,7 +206,7 @@ def sweep(
             block[:, j] = kept  # the update leaves it there but for rounding
         weight[:, start:end] = block
         weight[:, end:] -= errors.matmul(upper[start:end, end:])
-    return weight, removed
+    return weight
 
 
 @torch.no_grad()
@@ -218,27 +216,25 @@ def sparsegpt(
     sparsity: float,
     nm: tuple[int, int] | None = None,
     true_sequential: bool = False,
-) -> tuple[Masks, Seconds]:
+) -> Seconds:
     """As `wanda`; true_sequential runs the layer anew before each of GROUPS."""
-    run, masks = Run(model, windows), {}
-    for i, layer in enumerate(run.layers):
+    run = Run(model, windows)
+    for layer in run.layers:
         linears = linears_of(layer)
         for names in GROUPS if true_sequential else (tuple(linears),):
             chosen = {name: linears[name] for name in names}
             statistics = run.collect(layer, chosen, Gram)
             with run.clock("solve"):
                 for name, linear in chosen.items():
-                    swept, removed = sweep(linear.weight, statistics[name].gram, sparsity, nm)
-                    linear.weight.copy_(swept)
-                    masks[f"layers.{i}.{name}"] = ~removed
+                    linear.weight.copy_(sweep(linear.weight, statistics[name].gram, sparsity, nm))
         run.forward(layer)
         run.swap()
-    return masks, run.seconds
+    return run.seconds
 
 
 @torch.no_grad()
-def flap(model: Any, windows: Tensor, remove: float) -> tuple[Masks, Seconds]:
-    """Units that stay, "layers.0.kv_group" and "layers.0.neuron"; weights are left as they are.
+def flap(model: Any, windows: Tensor, remove: float) -> tuple[dict[str, Tensor], Seconds]:
+    """Which units stay, bool, by "layers.0.kv_group" and "layers.0.neuron"; nothing is cut.
 
     remove: of the layers' weights, over both families and all layers (AL-AM, WIFV).
     """
