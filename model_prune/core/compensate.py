@@ -5,11 +5,14 @@ W is float32 [out, in], its inputs' Gram matrix H = Σ xᵀx is float32 [in, in]
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from scipy.linalg import get_lapack_funcs
+from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
 from model_prune.core.structure import NM, keep_highest, removed_count
@@ -45,10 +48,12 @@ def _inverse_of_cholesky(matrix: Tensor) -> Tensor | None:
         # LAPACK can invert a triangle for a third of what torch can: solving with the identity.
         own = matrix.numpy().T  # symmetric, so this is it in LAPACK's order of columns
         factorise, invert = get_lapack_funcs(("potrf", "trtri"), (own,))
-        lower, failed = factorise(own, lower=True, clean=True, overwrite_a=True)
-        if failed:
-            return None
-        inverse, failed = invert(lower, lower=True, overwrite_c=True)
+        # Threads of its own would wait for more to do on the cores that torch's then want.
+        with _openblas().limit(limits=1):
+            lower, failed = factorise(own, lower=True, clean=True, overwrite_a=True)
+            if failed:
+                return None
+            inverse, failed = invert(lower, lower=True, overwrite_c=True)
         return None if failed else torch.from_numpy(inverse)
     lower, failed = torch.linalg.cholesky_ex(matrix)
     if failed:
@@ -56,6 +61,11 @@ def _inverse_of_cholesky(matrix: Tensor) -> Tensor | None:
     identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
     solved: Tensor = torch.linalg.solve_triangular(lower, identity, upper=False)
     return solved
+
+
+@functools.cache
+def _openblas() -> Any:
+    return ThreadpoolController().select(internal_api="openblas")
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from model_prune.core.linear import gram
+
 
 class Statistic(Protocol):
     """Something that is added up over the tokens of calibration."""
@@ -117,12 +119,7 @@ class Gram:
         self.tokens += len(x)
         if self._sum is None:
             self._sum = x.new_zeros(x.shape[1], x.shape[1])
-        if x.device.type == "cpu":
-            # BLAS computes one triangle where it sees the same matrix twice; torch does not ask it.
-            rows = x.numpy()
-            self._sum += torch.from_numpy(rows.T @ rows)
-        else:
-            self._sum.addmm_(x.T, x)
+        self._sum += gram(x)
 
     def total(self) -> Tensor:
         """float32 [in, in]."""
