@@ -151,6 +151,19 @@ def lowest_in_groups(scores: Tensor, nm: tuple[int, int], removed: Tensor, start
     removed.scatter_(1, start + chosen, True)
 
 
+def lowest(weight: Tensor, squares: Tensor, sparsity: float, nm: tuple[int, int] | None) -> Tensor:
+    """Of one matrix the weights that Wanda removes, bool [out, in]; squares: norms² of inputs."""
+    scores = weight.abs() * torch.sqrt(squares)
+    removed = torch.zeros_like(scores, dtype=torch.bool)
+    if nm:
+        for start in range(0, scores.shape[1], nm[1]):
+            lowest_in_groups(scores, nm, removed, start)
+    else:
+        order = torch.sort(scores, dim=-1, stable=True)[1]
+        removed.scatter_(1, order[:, : int(scores.shape[1] * sparsity)], True)
+    return removed
+
+
 @torch.no_grad()
 def wanda(
     model: Any, windows: Tensor, sparsity: float, nm: tuple[int, int] | None = None
@@ -163,15 +176,7 @@ def wanda(
         with run.clock("solve"):
             for name, linear in linears.items():
                 weight = linear.weight
-                scores = weight.abs() * torch.sqrt(statistics[name].squares)
-                removed = torch.zeros_like(scores, dtype=torch.bool)
-                if nm:
-                    for start in range(0, scores.shape[1], nm[1]):
-                        lowest_in_groups(scores, nm, removed, start)
-                else:
-                    order = torch.sort(scores, dim=-1, stable=True)[1]
-                    removed.scatter_(1, order[:, : int(scores.shape[1] * sparsity)], True)
-                weight[removed] = 0
+                weight[lowest(weight, statistics[name].squares, sparsity, nm)] = 0
         run.forward(layer)
         run.swap()
     return run.seconds
