@@ -476,6 +476,47 @@ def heads_questions() -> str:
     )
 
 
+def prune_quality(name: str, head: str, share: str) -> str:
+    """share: "removed" or "zeros", whichever the table is about."""
+    report = results("quality", "model")
+
+    def perplexity(figure: dict[str, float]) -> str:
+        # Methods that break the model differ by powers of ten, which digits would hide.
+        shown = "{:.1f}" if figure["perplexity"] < 1000 else "{:.1e}"
+        return shown.format(figure["perplexity"])
+
+    def ratio(figure: dict[str, float]) -> str:
+        if figure["ratio"] > 100:
+            return f"×{figure['ratio']:.0e}"
+        return f"×{figure['ratio']:.2f} ({figure['low']:.2f}–{figure['high']:.2f})"
+
+    dense = [f"{report['dense'][text]:.1f}" for text in ("test", "second")]
+    rows = [["dense", dense[0], "", dense[1], "", "", ""]]
+    for method, row in report["tables"][name].items():
+        texts = [f(row[text]) for text in ("test", "second") for f in (perplexity, ratio)]
+        rows.append([method, *texts, f"{100 * row[share]:.2f} %", f"{row['seconds']:.0f}"])
+    return table(
+        [head, "WikiText-2", "to dense", "other text", "to dense", share, "seconds"],
+        rows,
+    )
+
+
+def prune_elements() -> str:
+    return prune_quality("elements", "half of the weights zero", "zeros")
+
+
+def prune_pattern() -> str:
+    return prune_quality("2:4", "two of four zero", "zeros")
+
+
+def prune_units() -> str:
+    return prune_quality("units", "a fifth of the layers' weights cut", "removed")
+
+
+def prune_layers() -> str:
+    return prune_quality("layers", "a tenth of the layers removed", "removed")
+
+
 def prune_serving() -> str:
     report = results("serving", "model")
     names = {
@@ -501,12 +542,12 @@ def prune_speed() -> str:
             f"{statistics.median(pair['ours']['seconds'] for pair in row['rounds']):.0f}",
             f"×{median(row['speed-up'], '.2f')}",
             f"×{median(row['memory'], '.2f')}",
-            f"{100 * row['masks_equal']:.2f} %",
+            f"{100 * row['same']:.2f} %",
         ]
         for row in report["rows"]
     ]
     head = f"{report['windows']} windows of {report['tokens']} tokens"
-    columns = [head, "official, s", "ours, s", "speed", "memory", "same mask"]
+    columns = [head, "official, s", "ours, s", "speed", "memory", "same"]
     return table(columns, rows)
 
 
@@ -576,9 +617,13 @@ TABLES = {
     "heads-questions": heads_questions,
     "install": install,
     "methods": methods,
+    "prune_elements": prune_elements,
+    "prune_layers": prune_layers,
     "prune_memory": prune_memory,
+    "prune_pattern": prune_pattern,
     "prune_serving": prune_serving,
     "prune_speed": prune_speed,
+    "prune_units": prune_units,
 }
 
 
