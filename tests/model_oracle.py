@@ -33,13 +33,16 @@ def _norms(x):
 def row_mask(scores, sparsity=None, nm=None):
     """bool [out, in]: each row on its own; nm = (keep, block): `keep` of each `block` in a row.
 
-    The official codes read n:m as "remove n of m", which is the same only for 2:4 and 4:8.
+    The official codes read n:m as "remove n of m", which is the same only for 2:4 and 4:8, and
+    round every row's count down. Here the matrix's count is met: the first rows lose one more.
     """
     mask = torch.ones(scores.shape, dtype=torch.bool)
     keep, block = nm or (None, scores.shape[1])
+    total = 0 if nm else count(scores.numel(), sparsity)
     for row in range(scores.shape[0]):
         for start in range(0, scores.shape[1], block):
-            removed = block - keep if nm else count(block, sparsity)
+            share = total // len(scores) + (row < total % len(scores))
+            removed = block - keep if nm else share
             for i in _lowest(scores[row, start : start + block], removed):
                 mask[row, start + i] = False
     return mask
@@ -65,7 +68,7 @@ def wanda_scores(weight, x):
 
 
 def wanda_mask(weight, x, sparsity=None, nm=None):
-    """The best of each output row, Sun et al. 2023, section 3; official counts are exact here."""
+    """The best of each output row, Sun et al. 2023, section 3."""
     return row_mask(wanda_scores(weight, x), sparsity, nm)
 
 

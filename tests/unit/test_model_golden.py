@@ -1,5 +1,6 @@
 """Methods against `model_oracle`: the published formulas, written down slowly by someone else."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -127,8 +128,12 @@ def test_owl(model, inputs):
     found = plan(model, "owl", outlier=3.0).layers
     for layer, share in zip(found, expected, strict=True):
         for name, mask in layer.masks.items():
-            rows, columns = mask.shape
-            assert int((~mask).sum()) == rows * oracle.count(columns, float(share)), name
+            assert int((~mask).sum()) == oracle.count(mask.numel(), float(share)), name
+    zeros, weights = (
+        sum(count(mask) for layer in found for mask in layer.masks.values())
+        for count in (lambda mask: int((~mask).sum()), torch.numel)
+    )
+    assert abs(zeros - weights / 2) <= len(READ) * LAYERS  # what rounding may cost a matrix
 
 
 # ----------------------------------------------------------------------------------- units
@@ -241,6 +246,12 @@ def test_angle_and_shortgpt(model, hidden):
         i for i, layer in enumerate(plan(model, "angle", remove=0.34).layers) if layer.removed
     )
     assert gone == 1 + int(distances[1:].argmin())  # the first layer stays
+    # Not even where it turns its inputs least.
+    still = copy.deepcopy(model)
+    for name in ("self_attn.o_proj", "mlp.down_proj"):
+        still.model.layers[0].get_submodule(name).weight.data.zero_()
+    assert not plan(still, "angle", remove=0.34).layers[0].removed
+    assert plan(still, "shortgpt", remove=0.34).layers[0].removed
     influence = oracle.shortgpt_bi(hidden.flatten(1, 2))
     removed = {i for i, p in enumerate(plan(model, "shortgpt", remove=0.67).layers) if p.removed}
     assert removed == set(influence.argsort()[:2].tolist())

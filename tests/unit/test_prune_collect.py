@@ -2,8 +2,11 @@
 
 import copy
 import json
+import resource
+import sys
 import weakref
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -27,7 +30,7 @@ from model_prune.core.statistics import (
     angle,
 )
 from model_prune.core.target import SITES
-from model_prune.core.work import Work
+from model_prune.core.work import Work, trim
 from prune_core.errors import InputError
 from tiny_decoders import FAMILIES, LAYERS, random_windows, roomy_decoder, tiny_decoder
 
@@ -172,6 +175,21 @@ def test_batches_change_nothing_of_statistics(order, llama):
             torch.testing.assert_close(seen, whole[key], rtol=1e-5, atol=1e-5)
 
 
+def test_inputs_that_are_computed_again_are_the_same(llama, monkeypatch):
+    method = load_method("sparsegpt", order="staged")
+    expected = method.plan(llama, WINDOWS, progress=False)
+    attended = []
+    attend = collect._attend
+    monkeypatch.setattr(collect, "_attend", lambda *a: attended.append(1) or attend(*a))
+    monkeypatch.setattr(elementwise, "walk", partial(walk, batch_tokens=24))
+    for bound, times in ((collect.KEPT, 1), (0, 2)):
+        attended.clear()
+        monkeypatch.setattr(collect, "KEPT", bound)
+        found = method.plan(llama, WINDOWS, progress=False)
+        assert min(found.compare(expected).values()) == 1
+        assert len(attended) == times * 4 * LAYERS  # of four batches
+
+
 @pytest.mark.parametrize("order", ["layer", "staged"])
 def test_batches_change_no_mask(order, llama, monkeypatch):
     method = load_method("wanda", order=order)
@@ -310,6 +328,21 @@ def test_a_sliding_window_that_no_layer_has_does_not_count():
     model = tiny_decoder("qwen3", layer_types=["full_attention"] * 4)
     assert model.config.sliding_window == 6
     load_method("wanda").plan(model, WINDOWS, progress=False)
+
+
+# ------------------------------------------------------------------ memory
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_between_blocks_in_use_is_given_back():
+    def resident():
+        pages = Path("/proc/self/statm").read_text().split()[1]
+        return int(pages) * resource.getpagesize()
+
+    blocks = [torch.ones(16384) for _ in range(4000)]  # 64 KiB each: of the heap, not mapped
+    used = resident()
+    blocks = blocks[::10]
+    trim()
+    assert used - resident() > 150 << 20
+    assert len(blocks) == 400
 
 
 # ------------------------------------------------------------------ stopped and resumed

@@ -1,5 +1,7 @@
 """Which weights and units go: exact counts, ties by index, and totals met to one unit."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -319,6 +321,15 @@ def test_everywhere_alike_meets_the_total_within_a_neuron(remove, skip, size):
                     assert scores[~stays].max() < scores[stays].min()
         neurons = [int((~kept[i]["neuron"]).sum()) for i in inner]
         assert max(neurons) - min(neurons) <= 1
+
+
+@pytest.mark.parametrize("remove", [0.55, 0.6, 0.65])
+def test_groups_go_where_neurons_are_too_few(remove):
+    dims = [replace(DIMS, neurons=48)] * 3
+    budget = remove * sum(d.weights for d in dims)
+    kept = everywhere_alike()(random_table(dims), dims, budget)
+    assert abs(removed_weights(kept, dims) - budget) <= dims[0].cost("neuron") / 2 + 1e-6
+    assert all(stays.any() for families in kept for stays in families.values())
 
 
 def test_skipping_all_layers_is_refused():

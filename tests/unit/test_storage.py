@@ -4,9 +4,18 @@ import json
 import os
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from prune_core.errors import InputError
-from prune_core.storage import Shards, atomic_folder, atomic_write, read_jsonl, write_json
+from prune_core.storage import (
+    Shards,
+    atomic_folder,
+    atomic_write,
+    read_jsonl,
+    save_tensors,
+    write_json,
+)
 
 
 def names(folder):
@@ -60,6 +69,14 @@ def test_the_file_has_the_usual_permissions_and_a_link_stays_one(tmp_path):
     write_json(link, {})
     assert link.is_symlink()
     assert (tmp_path / "target").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_tensors_can_be_read_by_whom_the_umask_lets(tmp_path):
+    (tmp_path / "plain").touch()
+    save_tensors(tmp_path / "weights.safetensors", {"a": torch.arange(3)})
+    assert load_file(tmp_path / "weights.safetensors")["a"].tolist() == [0, 1, 2]
+    modes = {path.stat().st_mode for path in tmp_path.iterdir()}
+    assert len(modes) == 1
 
 
 @pytest.mark.parametrize("mode", ["a", "r+", "x"])
