@@ -1,9 +1,14 @@
 """What weights that stay do for those that go, against least squares."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
+from scipy.linalg import get_lapack_funcs
+from threadpoolctl import threadpool_info
 
+from model_prune.core import compensate
 from model_prune.core.compensate import Sweep, inverse_factor, least_squares, mean_bias
 from model_prune.core.structure import NM, PerMatrix
 from prune_core.errors import InputError
@@ -66,6 +71,22 @@ def test_damping_grows_until_it_works_and_is_never_the_identity():
     torch.testing.assert_close(factor.double().T @ factor.double(), expected, rtol=1e-3, atol=1e-3)
     off_diagonal = factor - torch.diag(factor.diagonal())
     assert off_diagonal.abs().max() > 0.1
+
+
+def test_lapack_has_no_threads_beside_those_of_torch(monkeypatch):
+    pools = []
+
+    def watched(names, arrays):
+        def call(function, *args, **kwargs):
+            pools.extend(pool for pool in threadpool_info() if pool["internal_api"] == "openblas")
+            return function(*args, **kwargs)
+
+        return [partial(call, function) for function in get_lapack_funcs(names, arrays)]
+
+    monkeypatch.setattr(compensate, "get_lapack_funcs", watched)
+    x = inputs(50, 6)
+    inverse_factor(x.T @ x)
+    assert {pool["num_threads"] for pool in pools} == {1}
 
 
 def test_what_cannot_be_inverted_is_refused_by_a_sentence():
