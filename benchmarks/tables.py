@@ -519,10 +519,13 @@ def prune_layers() -> str:
 
 def prune_serving() -> str:
     report = results("serving", "model")
+    cuts = report["cuts"]
+    removed = {kind: f"{100 * c['layer_weights_removed']:.0f} %" for kind, c in cuts.items()}
     names = {
         "dense": "dense",
-        "cut": f"{100 * report['layer_weights_removed']:.0f} % of the layers cut",
+        "units": f"{removed['units']} of the layers' weights cut in units",
         "transformers": "the same, through vLLM's transformers backend",
+        "depth": f"{removed['depth']} cut in depth",
     }
     rows = []
     for name, label in names.items():
@@ -530,7 +533,22 @@ def prune_serving() -> str:
         times = [engine["times_dense"][f"{k}_tokens_per_second"] for k in ("prefill", "decode")]
         cache = f"{engine['cache_tokens']} (×{engine['times_the_cache']:.2f})"
         rows.append([label, *(f"×{median(ratio, '.2f')}" for ratio in times), cache])
+    bounds = [f"×{cuts['units'][f'{phase}_bound']:.2f}" for phase in ("prefill", "decode")]
+    rows.append(["bound by the products with weights, units", *bounds, ""])
     return table(["16 sequences, 1 thread", "prefill", "decode", "tokens that fit"], rows)
+
+
+def prune_agreement() -> str:
+    report = results("agreement", "model")
+    rows = []
+    for case, layers in report["rows"].items():
+        errors = [layer["error"] for layer in layers]
+        same = min(layer["masks"] for layer in layers)
+        rows.append(
+            [case, f"{100 * same:.3f} %", f"×{min(errors):.4f} to ×{max(errors):.4f}"],
+        )
+    layers = ", ".join(str(layer["layer"]) for layer in next(iter(report["rows"].values())))
+    return table([f"layers {layers}", "same mask, at least", "official error / ours"], rows)
 
 
 def prune_speed() -> str:
@@ -617,6 +635,7 @@ TABLES = {
     "heads-questions": heads_questions,
     "install": install,
     "methods": methods,
+    "prune_agreement": prune_agreement,
     "prune_elements": prune_elements,
     "prune_layers": prune_layers,
     "prune_memory": prune_memory,

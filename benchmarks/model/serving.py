@@ -2,15 +2,20 @@
 
     python benchmarks/model/serving.py
 
-SmolLM2-135M in float32, and the same without a quarter of its layers' weights: two layers are
-gone, every third of the others lacks a KV group, and widths differ. Which units go is of no
-matter here, so they are simply the last. Every engine is a process of its own with one thread and
-the same bytes for its cache; they take turns, in reverse order in every second round, and one that
-waits sleeps.
+SmolLM2-135M in float32, and the same without a quarter of its layers' weights, in two ways: cut in
+its units, where two layers are gone, every third of the others lacks a KV group, and widths differ;
+or in depth, where seven layers are gone and a few neurons. Which units go is of no matter here, so
+they are simply the last. Every engine is a process of its own with one thread and the same bytes
+for its cache; they take turns, in reverse order in every second round, and one that waits sleeps.
+All are launched anew after some rounds, as a process keeps for its life the luck of where its
+memory lies, which is worth more than a tenth.
 
     dense          vLLM's own Llama
-    cut            our class, of vLLM's own layers
-    transformers   the cut model through vLLM's backend for models of transformers
+    units          our class, of vLLM's own layers
+    transformers   the same model through vLLM's backend for models of transformers
+    depth          vLLM's own Llama, as all layers are alike
+
+`bound` is by the multiplications with weights alone, which for a prompt leave out the head.
 
     prefill   tokens of the prompts a second, asked for one token each
     decode    new tokens a second: the time for all tokens less the time for the first
@@ -37,9 +42,14 @@ from prune_core.provenance import provenance
 from prune_core.storage import write_json
 
 HERE = Path(__file__).parent / "results"
-BATCH, PROMPT, NEW = 16, 128, 32  # sequences; tokens of a prompt; decoded tokens of a sequence
+BATCH, PROMPT, NEW = 16, 128, 128  # sequences; tokens of a prompt; decoded tokens of a sequence
 POOL = 256 << 20  # bytes
-ENGINES = {"dense": "LlamaForCausalLM", "cut": "PrunedForCausalLM", "transformers": "Transformers"}
+ENGINES = {  # which model each serves, and the class that it must be
+    "dense": ("dense", "LlamaForCausalLM"),
+    "units": ("units", "PrunedForCausalLM"),
+    "transformers": ("units", "Transformers"),
+    "depth": ("depth", "LlamaForCausalLM"),
+}
 BACKEND = "vllm.model_executor.models.transformers:TransformersForCausalLM"
 # One thread, and vLLM's engine in the process that asks it, which sleeps while it waits.
 ENVIRONMENT = {
@@ -73,7 +83,7 @@ class Engine:
         )
         self.core = self.llm.llm_engine.engine_core.engine_core
         model = self.core.model_executor.driver_worker.worker.model_runner.model
-        if not type(model).__name__.startswith(ENGINES[name]):
+        if not type(model).__name__.startswith(ENGINES[name][1]):
             raise InputError(
                 f"vLLM took {type(model).__name__} for '{name}': install prunekit anew, so that "
                 f"vLLM finds its plugin."
@@ -134,8 +144,8 @@ def engine(name: str, folder: str) -> Iterator[Remote]:
         process.join()
 
 
-def cut(folder: Path, out: Path) -> float:
-    """Write the cut model; returns the share of its layers' weights that is gone."""
+def cut(folder: Path, out: Path, kind: str) -> dict[str, float]:
+    """Write a cut model; returns the share of its layers' weights that is gone, and the bounds."""
     import torch
 
     from model_prune.checkpoint import open_checkpoint, write_checkpoint
@@ -147,30 +157,38 @@ def cut(folder: Path, out: Path) -> float:
     plan, before, after = [], 0, 0
     for i in range(config.num_hidden_layers):
         dims = Dims.of(config, i)
-        width = dims.neurons * (22, 25, 28)[i % 3] // 32
-        groups = dims.kv_groups - (i % 3 == 1)
+        if kind == "units":
+            width = dims.neurons * (22, 25, 28)[i % 3] // 32
+            groups, removed = dims.kv_groups - (i % 3 == 1), i in (15, 17)
+        else:
+            width = dims.neurons * 31 // 32
+            groups, removed = dims.kv_groups, 20 <= i < 27
         units = {"neuron": torch.arange(width), "kv_group": torch.arange(groups)}
-        of = LayerPlan(units=units, removed=i in (15, 17))
+        of = LayerPlan(units=units, removed=removed)
         plan.append(of)
         before += dims.weights
         after += 0 if of.removed else dims_after(dims, of).weights
     write_checkpoint(folder, out, plan, plan_json={}, progress=False)
-    return 1 - after / before
+    head = config.vocab_size * config.hidden_size
+    return {
+        "layer_weights_removed": round(1 - after / before, 4),
+        "prefill_bound": round(before / after, 3),
+        "decode_bound": round((before + head) / (after + head), 3),
+    }
 
 
-def measured(rounds: int) -> dict[str, Any]:
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in ENGINES}
-    with TemporaryDirectory() as temporary, ExitStack() as stack:
-        dense, pruned = Path(small_model()), Path(temporary) / "cut"
-        removed = cut(dense, pruned)
+def launched(
+    folders: dict[str, Path], rounds: int, found: dict[str, list[dict[str, float]]]
+) -> dict[str, int]:
+    """Add the figures of some rounds; returns the tokens that each cache holds."""
+    with ExitStack() as stack:
         up = {
-            name: stack.enter_context(engine(name, str(dense if name == "dense" else pruned)))
-            for name in ENGINES
+            name: stack.enter_context(engine(name, str(folders[model])))
+            for name, (model, _) in ENGINES.items()
         }
         cache = {name: ask("cache_tokens") for name, ask in up.items()}
         for ask in up.values():
             ask("seconds", 2)  # not counted: what is built at first use
-        before = os.getloadavg()[0]
         for number in range(rounds):
             order = list(up)[:: -1 if number % 2 else 1]
             first = {name: up[name]("seconds", 1) for name in order}
@@ -182,6 +200,20 @@ def measured(rounds: int) -> dict[str, Any]:
                         "decode_tokens_per_second": BATCH * NEW / (whole[name] - first[name]),
                     }
                 )
+    return cache
+
+
+def measured(launches: int, rounds: int) -> dict[str, Any]:
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in ENGINES}
+    with TemporaryDirectory() as temporary:
+        folders = {"dense": Path(small_model())}
+        cuts = {}
+        for kind in ("units", "depth"):
+            folders[kind] = Path(temporary) / kind
+            cuts[kind] = cut(folders["dense"], folders[kind], kind)
+        before = os.getloadavg()[0]
+        for _ in range(launches):
+            cache = launched(folders, rounds, found)
         after = os.getloadavg()[0]
     engines = {
         name: {
@@ -204,11 +236,12 @@ def measured(rounds: int) -> dict[str, Any]:
     }
     return {
         "engines": engines,
-        "layer_weights_removed": round(removed, 4),
+        "cuts": cuts,
         "batch": BATCH,
         "prompt_tokens": PROMPT,
         "new_tokens": NEW,
         "pool_bytes": POOL,
+        "launches": launches,
         "rounds": rounds,
         "load_average": {"before": before, "after": after},
     }
@@ -221,7 +254,7 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def show(report: dict[str, Any]) -> None:
-    print(f"{report['layer_weights_removed']:.1%} of the layers' weights removed")
+    print(report["cuts"])
     for name, of in report["engines"].items():
         print(f"{name:13} cache {of['cache_tokens']} tokens x{of['times_the_cache']:.2f}", end="")
         for key in ("prefill", "decode"):
@@ -237,12 +270,13 @@ def show(report: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--launches", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=3, help="of each launch")
     parser.add_argument("--out", type=Path, default=HERE)
     args = parser.parse_args()
     os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # which would decide before POOL
     os.environ.update(ENVIRONMENT)  # before anything here or in the engines brings torch in
-    report = measured(args.rounds) | {"provenance": provenance(seed=None)}
+    report = measured(args.launches, args.rounds) | {"provenance": provenance(seed=None)}
     args.out.mkdir(parents=True, exist_ok=True)
     write_json(args.out / "serving.json", report)
     show(report)
