@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
+from model_prune.core.mode import evaluating
 from model_prune.core.target import family_of
 from prune_core.errors import CheckpointError, InputError, require
 from prune_core.storage import StrPath
@@ -192,18 +193,16 @@ def perplexity(
         ids=hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
         windows=None if count == total else count,
     )
-    started, training = time.perf_counter(), model.training
-    model.eval()
-    try:
-        with tqdm(
-            total=count, desc="perplexity", unit="window", disable=None if progress else True
-        ) as bar:
-            parts: list[Tensor] = []
-            for part in torch.split(windows, batch):
-                parts.append(_window_nll(model, part, len(parts) * batch))
-                bar.update(len(part))
-    finally:
-        model.train(training)
+    started = time.perf_counter()
+    shown = None if progress else True
+    with (
+        evaluating(model),
+        tqdm(total=count, desc="perplexity", unit="window", disable=shown) as bar,
+    ):
+        parts: list[Tensor] = []
+        for part in torch.split(windows, batch):
+            parts.append(_window_nll(model, part, len(parts) * batch))
+            bar.update(len(part))
     # A window's first token is read but not scored, so its text does not count.
     scored = sum(len(joined[first:last].encode()) for first, last in ends[:, [0, -1]])
     return Perplexity(torch.cat(parts).numpy(), scored, time.perf_counter() - started, protocol)

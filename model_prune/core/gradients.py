@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from model_prune.core.calibration import Calibration
 from model_prune.core.decoder import Decoder, free_memory
+from model_prune.core.mode import evaluating
 from model_prune.core.target import MATRICES
 from prune_core.errors import InputError
 
@@ -92,18 +93,6 @@ def check_memory(decoder: Decoder, *, squares: bool, progress: bool) -> None:
         )
     if progress:
         tqdm.write(said, file=sys.stderr)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode; afterwards each module is in its own again."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, training in modes:  # not train(), which would change those in it as well
-            module.training = training
 
 
 @contextmanager

@@ -15,8 +15,9 @@ from tqdm.auto import tqdm
 from model_prune.core.allocate import check_least, spread_out, units_of, without_lowest
 from model_prune.core.calibration import Calibration
 from model_prune.core.decoder import Decoder
-from model_prune.core.gradients import BATCH_TOKENS, check_memory, evaluating
+from model_prune.core.gradients import BATCH_TOKENS, check_memory
 from model_prune.core.mask import units_masked
+from model_prune.core.mode import evaluating
 from model_prune.core.plan import LayerPlan
 from model_prune.core.schedule import linear
 from model_prune.core.statistics import Cosine

@@ -104,7 +104,9 @@ def test_the_protocol_says_how_it_was_measured(measured):
 
 def test_the_model_is_left_as_it_was(tokenizer, measured):
     model = tiny_llama(attention_dropout=0.5).train()
+    model.model.layers[1].eval()
     np.testing.assert_array_equal(measure(model, tokenizer).window_nll, measured.window_nll)
+    assert [layer.training for layer in model.model.layers] == [True, False, True]
     assert model.training
     assert all(weight.grad is None for weight in model.parameters())
 
