@@ -177,10 +177,13 @@ def cut(folder: Path, out: Path, kind: str) -> dict[str, float]:
     }
 
 
-def launched(
-    folders: dict[str, Path], rounds: int, found: dict[str, list[dict[str, float]]]
-) -> dict[str, int]:
-    """Add the figures of some rounds; returns the tokens that each cache holds."""
+PREFILL, DECODE = KEYS = ("prefill_tokens_per_second", "decode_tokens_per_second")
+Figures = dict[str, dict[str, float]]  # by engine and key
+
+
+def launched(folders: dict[str, Path], rounds: int) -> tuple[dict[str, int], list[Figures]]:
+    """The tokens that each engine's cache holds, and the figures of every round."""
+    found = []
     with ExitStack() as stack:
         up = {
             name: stack.enter_context(engine(name, str(folders[model])))
@@ -193,18 +196,20 @@ def launched(
             order = list(up)[:: -1 if number % 2 else 1]
             first = {name: up[name]("seconds", 1) for name in order}
             whole = {name: up[name]("seconds", 1 + NEW) for name in order}
-            for name in order:
-                found[name].append(
-                    {
-                        "prefill_tokens_per_second": BATCH * PROMPT / first[name],
-                        "decode_tokens_per_second": BATCH * NEW / (whole[name] - first[name]),
+            found.append(
+                {
+                    name: {
+                        PREFILL: BATCH * PROMPT / first[name],
+                        DECODE: BATCH * NEW / (whole[name] - first[name]),
                     }
-                )
-    return cache
+                    for name in order
+                }
+            )
+    return cache, found
 
 
 def measured(launches: int, rounds: int) -> dict[str, Any]:
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in ENGINES}
+    found: list[Figures] = []
     with TemporaryDirectory() as temporary:
         folders = {"dense": Path(small_model())}
         cuts = {}
@@ -213,26 +218,21 @@ def measured(launches: int, rounds: int) -> dict[str, Any]:
             cuts[kind] = cut(folders["dense"], folders[kind], kind)
         before = os.getloadavg()[0]
         for _ in range(launches):
-            cache = launched(folders, rounds, found)
+            cache, of_launch = launched(folders, rounds)
+            found += of_launch
         after = os.getloadavg()[0]
     engines = {
         name: {
             "cache_tokens": cache[name],
             "times_the_cache": round(cache[name] / cache["dense"], 3),
         }
-        | {key: spread([of[key] for of in of_rounds]) for key in of_rounds[0]}
+        | {key: spread([of[name][key] for of in found]) for key in KEYS}
         | {
             "times_dense": {
-                key: spread(
-                    [
-                        of[key] / dense[key]
-                        for of, dense in zip(of_rounds, found["dense"], strict=True)
-                    ]
-                )
-                for key in of_rounds[0]
+                key: spread([of[name][key] / of["dense"][key] for of in found]) for key in KEYS
             }
         }
-        for name, of_rounds in found.items()
+        for name in ENGINES
     }
     return {
         "engines": engines,

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import statistics
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from memory import status
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -47,10 +47,9 @@ CASES: dict[str, dict[str, Any]] = {
 
 def resident() -> float:
     """The most that this process has had in memory since it was last asked, MiB; on Linux."""
-    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found
+    peak = status("VmHWM")
     Path("/proc/self/clear_refs").write_text("5")
-    return int(found[1]) / 1024
+    return peak / 2**20
 
 
 def run_one(args: argparse.Namespace) -> None:
