@@ -27,62 +27,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
-from torch import Tensor
-from transformers import LlamaConfig
+from random_llama import write_model
 
 from model_prune import Calibration, prune_model
-from model_prune.checkpoint import LAYERS, Checkpoint, open_checkpoint
+from model_prune.checkpoint import Checkpoint, open_checkpoint
 from model_prune.core.target import MATRICES, Dims
-from model_prune.decoders import build_layer
 from prune_core.provenance import provenance
 from prune_core.storage import write_json
 
 HERE = Path(__file__).parent / "results"
-PER_SHARD = 5  # layers: 0.94 GiB
 ROWS: dict[str, dict[str, Any]] = {
     "wanda, half of the weights": {"method": "wanda", "sparsity": 0.5},
     "flap, a quarter of the units": {"method": "flap", "remove": 0.25},
 }
-
-
-def write_model(folder: Path, layers: int) -> None:
-    config = LlamaConfig(
-        num_hidden_layers=layers,
-        hidden_size=3072,
-        num_attention_heads=24,
-        num_key_value_heads=8,
-        head_dim=128,
-        intermediate_size=8192,
-        vocab_size=128_256,
-        tie_word_embeddings=True,
-        architectures=["LlamaForCausalLM"],
-        dtype=torch.bfloat16,
-    )
-    config.save_pretrained(folder)
-    ends = {
-        "model.embed_tokens.weight": (config.vocab_size, config.hidden_size),
-        "model.norm.weight": (config.hidden_size,),
-    }
-    shards: list[dict[str, Any]] = [ends]
-    for i in range(layers):
-        if i % PER_SHARD == 0:
-            shards.append({})
-        layer = build_layer(config, i).state_dict()
-        shards[-1] |= {f"{LAYERS}{i}.{name}": tensor.shape for name, tensor in layer.items()}
-    generator = torch.Generator().manual_seed(0)
-    files: dict[str, str] = {}
-    for number, shapes in enumerate(shards, start=1):
-        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file({key: drawn(shape, generator) for key, shape in shapes.items()}, folder / name)
-        files |= dict.fromkeys(shapes, name)
-    write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": files})
-
-
-def drawn(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    if len(shape) == 1:
-        return torch.ones(shape, dtype=torch.bfloat16)
-    return torch.randn(shape, generator=generator).mul_(0.02).bfloat16()
 
 
 def prune(folder: Path, out: Path, settings: dict[str, Any], windows: int, tokens: int) -> Any:
@@ -140,14 +97,13 @@ def written(out: Path, before: Checkpoint) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--layers", type=int, default=28)
     parser.add_argument("--windows", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=256)
     arguments = parser.parse_args()
     spawn = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as temporary:
         folder, out = Path(temporary, "model"), Path(temporary, "pruned")
-        write_model(folder, arguments.layers)
+        write_model(folder, "Llama 3.2 3B")
         before = open_checkpoint(folder)
         rows = {}
         for name, settings in ROWS.items():

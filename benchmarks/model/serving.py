@@ -1,14 +1,17 @@
 """A model cut for real inside vLLM on the CPU, beside the dense one in the same run.
 
     python benchmarks/model/serving.py
+    python benchmarks/model/serving.py --random "SmolLM2 1.7B" --engines dense units \\
+        --new 32 --pool 1280 --launches 3 --rounds 2
 
-SmolLM2-135M in float32, and the same without a quarter of its layers' weights, in two ways: cut in
-its units, where two layers are gone, every third of the others lacks a KV group, and widths differ;
-or in depth, where seven layers are gone and a few neurons. Which units go is of no matter here, so
-they are simply the last. Every engine is a process of its own with one thread and the same bytes
-for its cache; they take turns, in reverse order in every second round, and one that waits sleeps.
-All are launched anew after some rounds, as a process keeps for its life the luck of where its
-memory lies, which is worth more than a tenth.
+SmolLM2-135M in float32, or a Llama of random weights, and the same without a quarter of its layers'
+weights, in two ways: cut in its units, where two layers are gone, every third of the others lacks a
+third of its KV groups, and widths differ; or in depth, where a quarter of the layers is gone, and
+neurons for what is left of a layer. Which units go is of no matter here, so they are simply the
+last. Every engine is a process of its own with one thread and the same bytes for its cache; they
+take turns, in reverse order in every second round, and one that waits sleeps. All are launched anew
+after some rounds, as a process keeps for its life the luck of where its memory lies, which is worth
+more than a tenth.
 
     dense          vLLM's own Llama
     units          our class, of vLLM's own layers
@@ -21,10 +24,11 @@ memory lies, which is worth more than a tenth.
     decode    new tokens a second: the time for all tokens less the time for the first
     cache     tokens that fit, as vLLM counts them
 
-Ratios are taken within a round. Writes results/serving.json.
+Ratios are taken within a round. Writes results/serving-MODEL.json.
 """
 
 import argparse
+import math
 import multiprocessing
 import os
 import time
@@ -42,8 +46,8 @@ from prune_core.provenance import provenance
 from prune_core.storage import write_json
 
 HERE = Path(__file__).parent / "results"
-BATCH, PROMPT, NEW = 16, 128, 128  # sequences; tokens of a prompt; decoded tokens of a sequence
-POOL = 256 << 20  # bytes
+BATCH, PROMPT = 16, 128  # sequences; tokens of a prompt
+REAL = "SmolLM2 135M"
 ENGINES = {  # which model each serves, and the class that it must be
     "dense": ("dense", "LlamaForCausalLM"),
     "units": ("units", "PrunedForCausalLM"),
@@ -65,7 +69,7 @@ ENVIRONMENT = {
 class Engine:
     """vLLM with prompts of fixed token ids."""
 
-    def __init__(self, name: str, folder: str) -> None:
+    def __init__(self, name: str, folder: str, pool: int) -> None:
         from vllm import LLM, ModelRegistry
         from vllm.plugins import load_general_plugins
 
@@ -79,7 +83,8 @@ class Engine:
             enable_prefix_caching=False,
             use_tqdm_on_load=False,
             max_model_len=512,
-            kv_cache_memory_bytes=POOL,
+            skip_tokenizer_init=True,
+            kv_cache_memory_bytes=pool,
         )
         self.core = self.llm.llm_engine.engine_core.engine_core
         model = self.core.model_executor.driver_worker.worker.model_runner.model
@@ -101,21 +106,21 @@ class Engine:
             {"prompt_token_ids": [1000 + 37 * (PROMPT * i + j) % 40_000 for j in range(PROMPT)]}
             for i in range(BATCH)
         ]
-        asked = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+        asked = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
         started = time.perf_counter()
         self.llm.generate(prompts, asked, use_tqdm=False)
         return time.perf_counter() - started
 
 
-def serve(pipe: Any, name: str, folder: str) -> None:
+def serve(pipe: Any, *given: Any) -> None:
     """Of a process: an engine that does what the pipe says."""
-    engine = Engine(name, folder)
+    engine = Engine(*given)
     while True:
         try:
-            what, *given = pipe.recv()
+            what, *asked = pipe.recv()
         except EOFError:
             return
-        pipe.send(getattr(engine, what)(*given))
+        pipe.send(getattr(engine, what)(*asked))
 
 
 # ------------------------------------------------------------------------------ outside
@@ -131,10 +136,10 @@ class Remote:
 
 
 @contextmanager
-def engine(name: str, folder: str) -> Iterator[Remote]:
+def engine(*given: Any) -> Iterator[Remote]:
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
-    process = context.Process(target=serve, args=(there, name, folder), daemon=True)
+    process = context.Process(target=serve, args=(there, *given), daemon=True)
     process.start()
     there.close()  # so that the pipe ends with the process
     try:
@@ -154,15 +159,18 @@ def cut(folder: Path, out: Path, kind: str) -> dict[str, float]:
     from model_prune.graph.cut import dims_after
 
     config = open_checkpoint(folder).config
+    layers, fewer = config.num_hidden_layers, config.num_hidden_layers // 4
     plan, before, after = [], 0, 0
-    for i in range(config.num_hidden_layers):
+    for i in range(layers):
         dims = Dims.of(config, i)
         if kind == "units":
             width = dims.neurons * (22, 25, 28)[i % 3] // 32
-            groups, removed = dims.kv_groups - (i % 3 == 1), i in (15, 17)
+            groups = dims.kv_groups - (i % 3 == 1) * (dims.kv_groups // 3)
+            removed = i in (layers // 2, layers // 2 + 2)
         else:
-            width = dims.neurons * 31 // 32
-            groups, removed = dims.kv_groups, 20 <= i < 27
+            rest = (layers / 4 - fewer) * dims.weights / (layers - fewer)  # of each that stays
+            width = dims.neurons - math.ceil(rest / (3 * config.hidden_size))
+            groups, removed = dims.kv_groups, layers - 3 - fewer <= i < layers - 3
         units = {"neuron": torch.arange(width), "kv_group": torch.arange(groups)}
         of = LayerPlan(units=units, removed=removed)
         plan.append(of)
@@ -181,26 +189,28 @@ PREFILL, DECODE = KEYS = ("prefill_tokens_per_second", "decode_tokens_per_second
 Figures = dict[str, dict[str, float]]  # by engine and key
 
 
-def launched(folders: dict[str, Path], rounds: int) -> tuple[dict[str, int], list[Figures]]:
+def launched(
+    folders: dict[str, Path], args: argparse.Namespace
+) -> tuple[dict[str, int], list[Figures]]:
     """The tokens that each engine's cache holds, and the figures of every round."""
     found = []
     with ExitStack() as stack:
         up = {
-            name: stack.enter_context(engine(name, str(folders[model])))
-            for name, (model, _) in ENGINES.items()
+            name: stack.enter_context(engine(name, str(folders[ENGINES[name][0]]), args.pool << 20))
+            for name in args.engines
         }
         cache = {name: ask("cache_tokens") for name, ask in up.items()}
         for ask in up.values():
             ask("seconds", 2)  # not counted: what is built at first use
-        for number in range(rounds):
+        for number in range(args.rounds):
             order = list(up)[:: -1 if number % 2 else 1]
             first = {name: up[name]("seconds", 1) for name in order}
-            whole = {name: up[name]("seconds", 1 + NEW) for name in order}
+            whole = {name: up[name]("seconds", 1 + args.new) for name in order}
             found.append(
                 {
                     name: {
                         PREFILL: BATCH * PROMPT / first[name],
-                        DECODE: BATCH * NEW / (whole[name] - first[name]),
+                        DECODE: BATCH * args.new / (whole[name] - first[name]),
                     }
                     for name in order
                 }
@@ -208,17 +218,20 @@ def launched(folders: dict[str, Path], rounds: int) -> tuple[dict[str, int], lis
     return cache, found
 
 
-def measured(launches: int, rounds: int) -> dict[str, Any]:
+def measured(args: argparse.Namespace) -> dict[str, Any]:
+    from random_llama import write_model
+
     found: list[Figures] = []
     with TemporaryDirectory() as temporary:
-        folders = {"dense": Path(small_model())}
-        cuts = {}
-        for kind in ("units", "depth"):
-            folders[kind] = Path(temporary) / kind
-            cuts[kind] = cut(folders["dense"], folders[kind], kind)
+        folders = {kind: Path(temporary) / kind for kind in ("dense", "units", "depth")}
+        if args.random:
+            write_model(folders["dense"], args.random)
+        else:
+            folders["dense"] = Path(small_model())
+        cuts = {kind: cut(folders["dense"], folders[kind], kind) for kind in ("units", "depth")}
         before = os.getloadavg()[0]
-        for _ in range(launches):
-            cache, of_launch = launched(folders, rounds)
+        for _ in range(args.launches):
+            cache, of_launch = launched(folders, args)
             found += of_launch
         after = os.getloadavg()[0]
     engines = {
@@ -232,17 +245,18 @@ def measured(launches: int, rounds: int) -> dict[str, Any]:
                 key: spread([of[name][key] / of["dense"][key] for of in found]) for key in KEYS
             }
         }
-        for name in ENGINES
+        for name in args.engines
     }
     return {
+        "model": args.random or REAL,
         "engines": engines,
         "cuts": cuts,
         "batch": BATCH,
         "prompt_tokens": PROMPT,
-        "new_tokens": NEW,
-        "pool_bytes": POOL,
-        "launches": launches,
-        "rounds": rounds,
+        "new_tokens": args.new,
+        "pool_bytes": args.pool << 20,
+        "launches": args.launches,
+        "rounds": args.rounds,
         "load_average": {"before": before, "after": after},
     }
 
@@ -270,15 +284,19 @@ def show(report: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--random", metavar="SIZE", help="of random_llama.py; else a real model")
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
+    parser.add_argument("--new", type=int, default=128, help="tokens decoded of a sequence")
+    parser.add_argument("--pool", type=int, default=256, help="MiB of each cache")
     parser.add_argument("--launches", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3, help="of each launch")
     parser.add_argument("--out", type=Path, default=HERE)
     args = parser.parse_args()
     os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # which would decide before POOL
     os.environ.update(ENVIRONMENT)  # before anything here or in the engines brings torch in
-    report = measured(args.launches, args.rounds) | {"provenance": provenance(seed=None)}
+    report = measured(args) | {"provenance": provenance(seed=None)}
     args.out.mkdir(parents=True, exist_ok=True)
-    write_json(args.out / "serving.json", report)
+    write_json(args.out / f"serving-{report['model'].lower().replace(' ', '-')}.json", report)
     show(report)
 
 
