@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[1]
 CARD = ROOT / "rag_prune" / "context" / "default" / "README.md"
 PAGES = [ROOT / "README.md", CARD, *sorted((ROOT / "docs").glob("*.md"))]
 KV_RESULTS = ROOT / "benchmarks" / "kv" / "results"
+MODEL_RESULTS = ROOT / "benchmarks" / "model" / "results"
 MARK = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
 
@@ -518,24 +519,29 @@ def prune_layers() -> str:
 
 
 def prune_serving() -> str:
-    report = results("serving", "model")
-    cuts = report["cuts"]
-    removed = {kind: f"{100 * c['layer_weights_removed']:.0f} %" for kind, c in cuts.items()}
+    """Each file of results is three columns."""
+    runs = [results(path.stem, "model") for path in sorted(MODEL_RESULTS.glob("serving-*.json"))]
     names = {
         "dense": "dense",
-        "units": f"{removed['units']} of the layers' weights cut in units",
+        "units": "a quarter of the layers' weights cut in units",
         "transformers": "the same, through vLLM's transformers backend",
-        "depth": f"{removed['depth']} cut in depth",
+        "depth": "a quarter cut in depth",
     }
-    rows = []
-    for name, label in names.items():
-        engine = report["engines"][name]
-        times = [engine["times_dense"][f"{k}_tokens_per_second"] for k in ("prefill", "decode")]
-        cache = f"{engine['cache_tokens']} (×{engine['times_the_cache']:.2f})"
-        rows.append([label, *(f"×{median(ratio, '.2f')}" for ratio in times), cache])
-    bounds = [f"×{cuts['units'][f'{phase}_bound']:.2f}" for phase in ("prefill", "decode")]
-    rows.append(["bound by the products with weights, units", *bounds, ""])
-    return table(["16 sequences, 1 thread", "prefill", "decode", "tokens that fit"], rows)
+    head = [f"{runs[0]['batch']} sequences, 1 thread"]
+    rows = [[label] for label in names.values()] + [["bound by products with weights, units"]]
+    for run in runs:
+        head += [f"{run['model']}: prefill", "decode", "tokens that fit"]
+        for row, name in zip(rows[:-1], names, strict=True):
+            row += served(run["engines"][name]) if name in run["engines"] else [""] * 3
+        bounds = run["cuts"]["units"]
+        rows[-1] += [f"×{bounds[f'{phase}_bound']:.2f}" for phase in ("prefill", "decode")] + [""]
+    return table(head, rows)
+
+
+def served(engine: dict[str, Any]) -> list[str]:
+    times = [engine["times_dense"][f"{k}_tokens_per_second"] for k in ("prefill", "decode")]
+    cache = f"{engine['cache_tokens']:,} (×{engine['times_the_cache']:.2f})"
+    return [*(f"×{median(ratio, '.2f')}" for ratio in times), cache]
 
 
 def prune_agreement() -> str:
