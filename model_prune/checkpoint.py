@@ -214,7 +214,7 @@ def write_checkpoint(
         )
     check_output(checkpoint, out, overwrite)
     with atomic_folder(out, overwrite) as temporary:
-        writer = _Shards(temporary)
+        writer = ShardWriter(temporary)
         for name in checkpoint.names:
             if not name.startswith(LAYERS):
                 writer.add(name, checkpoint.tensor(name))
@@ -229,7 +229,7 @@ def write_checkpoint(
 
 
 def _write_layers(
-    checkpoint: Checkpoint, layers: Sequence[LayerPlan], writer: _Shards, progress: bool
+    checkpoint: Checkpoint, layers: Sequence[LayerPlan], writer: ShardWriter, progress: bool
 ) -> Any:
     """All layers into the writer; returns the config that they need."""
     dims: list[Dims] = []
@@ -258,7 +258,7 @@ def _write_layers(
     return pruned_config(checkpoint.config, dims, biases=biases, kept_layers=kept)
 
 
-class _Shards:
+class ShardWriter:
     """Tensors, written as transformers names its files, each as soon as it is full."""
 
     def __init__(self, folder: Path) -> None:

@@ -3,15 +3,12 @@
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaConfig
 
-from model_prune.checkpoint import LAYERS
+from model_prune.checkpoint import LAYERS, ShardWriter
 from model_prune.decoders import build_layer
-from prune_core.storage import write_json
 
-PER_SHARD = 5  # layers
 SIZES: dict[str, dict[str, int]] = {
     "Llama 3.2 3B": {
         "num_hidden_layers": 28,
@@ -43,23 +40,17 @@ def write_model(folder: Path, size: str) -> None:
         dtype=torch.bfloat16,
     )
     config.save_pretrained(folder)
-    ends = {
+    shapes: dict[str, tuple[int, ...]] = {
         "model.embed_tokens.weight": (config.vocab_size, config.hidden_size),
         "model.norm.weight": (config.hidden_size,),
     }
-    shards: list[dict[str, tuple[int, ...]]] = [ends]
     for i in range(config.num_hidden_layers):
-        if i % PER_SHARD == 0:
-            shards.append({})
-        layer = build_layer(config, i).state_dict()
-        shards[-1] |= {f"{LAYERS}{i}.{name}": tensor.shape for name, tensor in layer.items()}
-    generator = torch.Generator().manual_seed(0)
-    files: dict[str, str] = {}
-    for number, shapes in enumerate(shards, start=1):
-        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file({key: drawn(shape, generator) for key, shape in shapes.items()}, folder / name)
-        files |= dict.fromkeys(shapes, name)
-    write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": files})
+        for name, tensor in build_layer(config, i).state_dict().items():
+            shapes[f"{LAYERS}{i}.{name}"] = tuple(tensor.shape)
+    generator, writer = torch.Generator().manual_seed(0), ShardWriter(folder)
+    for name, shape in shapes.items():
+        writer.add(name, drawn(shape, generator))
+    writer.close()
 
 
 def drawn(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

@@ -1,8 +1,8 @@
 """A model cut for real inside vLLM on the CPU, beside the dense one in the same run.
 
     python benchmarks/model/serving.py
-    python benchmarks/model/serving.py --random "SmolLM2 1.7B" --engines dense units \\
-        --new 32 --pool 1280 --launches 3 --rounds 2
+    python benchmarks/model/serving.py --random "SmolLM2 1.7B" --engines units \\
+        --new 24 --pool 1280 --launches 2 --rounds 2
 
 SmolLM2-135M in float32, or a Llama of random weights, and the same without a quarter of its layers'
 weights, in two ways: cut in its units, where two layers are gone, every third of the others lacks a
@@ -197,7 +197,7 @@ def launched(
     with ExitStack() as stack:
         up = {
             name: stack.enter_context(engine(name, str(folders[ENGINES[name][0]]), args.pool << 20))
-            for name in args.engines
+            for name in ("dense", *args.engines)
         }
         cache = {name: ask("cache_tokens") for name, ask in up.items()}
         for ask in up.values():
@@ -223,12 +223,13 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
 
     found: list[Figures] = []
     with TemporaryDirectory() as temporary:
-        folders = {kind: Path(temporary) / kind for kind in ("dense", "units", "depth")}
+        folders = {kind: Path(temporary) / kind for kind, _ in ENGINES.values()}
         if args.random:
             write_model(folders["dense"], args.random)
         else:
             folders["dense"] = Path(small_model())
-        cuts = {kind: cut(folders["dense"], folders[kind], kind) for kind in ("units", "depth")}
+        kinds = dict.fromkeys(ENGINES[name][0] for name in args.engines)
+        cuts = {kind: cut(folders["dense"], folders[kind], kind) for kind in kinds}
         before = os.getloadavg()[0]
         for _ in range(args.launches):
             cache, of_launch = launched(folders, args)
@@ -245,7 +246,7 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
                 key: spread([of[name][key] / of["dense"][key] for of in found]) for key in KEYS
             }
         }
-        for name in args.engines
+        for name in cache
     }
     return {
         "model": args.random or REAL,
@@ -285,14 +286,15 @@ def show(report: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--random", metavar="SIZE", help="of random_llama.py; else a real model")
-    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
+    cuts = list(ENGINES)[1:]
+    parser.add_argument("--engines", nargs="+", choices=cuts, default=cuts, help="beside dense")
     parser.add_argument("--new", type=int, default=128, help="tokens decoded of a sequence")
     parser.add_argument("--pool", type=int, default=256, help="MiB of each cache")
     parser.add_argument("--launches", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3, help="of each launch")
     parser.add_argument("--out", type=Path, default=HERE)
     args = parser.parse_args()
-    os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # which would decide before POOL
+    os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # which would decide before --pool
     os.environ.update(ENVIRONMENT)  # before anything here or in the engines brings torch in
     report = measured(args) | {"provenance": provenance(seed=None)}
     args.out.mkdir(parents=True, exist_ok=True)
