@@ -142,6 +142,17 @@ METHODS = Registry(
             cost="a forward and a backward pass for each of some dozen steps",
         ),
         Method(
+            "prunenet",
+            "model_prune.methods.prunenet:PruneNet",
+            family="units",
+            paper="You only prune once: designing calibration-free model compression with policy "
+            "learning (PruneNet)",
+            year=2025,
+            arxiv="2501.15296",
+            needs="nothing",
+            cost="20 episodes of some decompositions of a hidden × hidden matrix a layer",
+        ),
+        Method(
             "angle",
             "model_prune.methods.angle:Angle",
             family="layers",
