@@ -142,6 +142,18 @@ METHODS = Registry(
             cost="a forward and a backward pass for each of some dozen steps",
         ),
         Method(
+            "tyr",
+            "model_prune.methods.tyr:Tyr",
+            family="units",
+            paper="Týr-the-Pruner: structural pruning LLMs via global sparsity distribution "
+            "optimization",
+            year=2025,
+            arxiv="2503.09657",
+            needs="calibration text",
+            cost="four times two forward passes, refits of every layer, and a search over 6,400 "
+            "candidates",
+        ),
+        Method(
             "prunenet",
             "model_prune.methods.prunenet:PruneNet",
             family="units",

@@ -209,6 +209,19 @@ def everywhere_alike(skip_first: int = 0, skip_last: int = 0) -> Allocate:
     return allocate
 
 
+def uniform(
+    dims: Sequence[Dims], remove: float, families: Sequence[Family] = UNITS
+) -> list[dict[Family, int]]:
+    """How many units go from each layer, see `everywhere_alike`; raises InputError for all of one.
+
+    remove: share of all layers' weights.
+    """
+    nothing: list[Scored] = [{f: np.zeros(each.count(f)) for f in families} for each in dims]
+    kept = everywhere_alike()(nothing, dims, remove * sum(each.weights for each in dims))
+    check_kept(kept)
+    return [{f: int((~stays).sum()) for f, stays in each.items()} for each in kept]
+
+
 def spread_out(total: float, sizes: Sequence[float]) -> list[int]:
     """`total`, rounded, in whole numbers in proportion to sizes; remainders to the largest."""
     whole = round(total)

@@ -148,21 +148,21 @@ class _Pass:
         attended = self._observed(
             watched,
             "attn_out",
-            lambda hidden: _attend(layer, layer.input_layernorm(hidden), self._rotary),
+            lambda hidden: attend(layer, layer.input_layernorm(hidden), self._rotary),
         )
         prune("attn_out")
         for batch in self._batches:
             self._hidden[batch] += layer.self_attn.o_proj(attended(batch))
             _observe(watched, "mlp_in", layer.post_attention_layernorm(self._hidden[batch]))
         prune("mlp_in")
-        middle = self._observed(
+        gated = self._observed(
             watched,
             "mlp_mid",
-            lambda hidden: _middle(layer, layer.post_attention_layernorm(hidden)),
+            lambda hidden: middle(layer, layer.post_attention_layernorm(hidden)),
         )
         prune("mlp_mid")
         for batch in self._batches:
-            self._hidden[batch] += layer.mlp.down_proj(middle(batch))
+            self._hidden[batch] += layer.mlp.down_proj(gated(batch))
         self._check(i)
         return result
 
@@ -207,18 +207,18 @@ def _inputs(
     """
     x = layer.input_layernorm(hidden)
     yield "attn_in", x
-    x = _attend(layer, x, rotary)
+    x = attend(layer, x, rotary)
     yield "attn_out", x
     hidden = hidden + layer.self_attn.o_proj(x)
     x = layer.post_attention_layernorm(hidden)
     yield "mlp_in", x
-    x = _middle(layer, x)
+    x = middle(layer, x)
     yield "mlp_mid", x
     if into is not None:
         torch.add(hidden, layer.mlp.down_proj(x), out=into)
 
 
-def _attend(layer: Any, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+def attend(layer: Any, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     """The heads' outputs side by side, [windows, tokens, heads · head_dim]: o's input."""
     attention = layer.self_attn
     o_proj, attention.o_proj = attention.o_proj, nn.Identity()
@@ -230,7 +230,7 @@ def _attend(layer: Any, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     return result
 
 
-def _middle(layer: Any, x: Tensor) -> Tensor:
+def middle(layer: Any, x: Tensor) -> Tensor:
     """act(gate) * up, [windows, tokens, neurons]: down's input."""
     mlp = layer.mlp
     result: Tensor = mlp.act_fn(mlp.gate_proj(x)).mul_(mlp.up_proj(x))

@@ -10,14 +10,16 @@ import copy
 import hashlib
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import rms_norm
 
 from model_prune.checkpoint import open_checkpoint
-from model_prune.core.linear import hasten
+from model_prune.core.linear import hasten, multiply
 from model_prune.core.target import Dims, family_of
 from model_prune.decoders import build_layer, build_rotary
 from prune_core.errors import InputError
@@ -53,6 +55,10 @@ class Decoder(ABC):
     @abstractmethod
     def embed(self, ids: Tensor) -> Tensor:
         """int64 [windows, tokens] -> [windows, tokens, hidden], in the dtype of computing."""
+
+    @abstractmethod
+    def _end(self) -> tuple[Tensor, Tensor]:
+        """Weights of the norm after the layers, [hidden], and of the head, [vocabulary, hidden]."""
 
     @property
     @abstractmethod
@@ -90,6 +96,12 @@ class Decoder(ABC):
         frozen: nn.Module = layer.eval().requires_grad_(False)
         return frozen
 
+    def head(self) -> Callable[[Tensor], Tensor]:
+        """What makes of the last layer's output [..., hidden] logits [..., vocabulary]."""
+        norm, weight = (x.detach().to(self.device, self.dtype).contiguous() for x in self._end())
+        eps = self.config.rms_norm_eps
+        return lambda hidden: multiply(rms_norm(hidden, norm.shape, norm, eps), weight)
+
     def rotary(self, tokens: int) -> tuple[Tensor, Tensor]:
         """Cosines and sines of positions 0 to tokens - 1."""
         positions = torch.arange(tokens, device=self.device)[None]
@@ -119,6 +131,9 @@ class _Loaded(Decoder):
     def embed(self, ids: Tensor) -> Tensor:
         embedded: Tensor = self._model.model.embed_tokens(ids.to(self.device))
         return embedded.to(self.dtype)
+
+    def _end(self) -> tuple[Tensor, Tensor]:
+        return self._model.model.norm.weight, self._model.lm_head.weight
 
     def whole(self) -> nn.Module:
         model: nn.Module = self._model
@@ -158,6 +173,11 @@ class _Stored(Decoder):
         used, places = torch.unique(ids, return_inverse=True)
         rows = self._checkpoint.rows("model.embed_tokens.weight", used)
         return rows.to(self.device, self.dtype)[places.to(self.device)]
+
+    def _end(self) -> tuple[Tensor, Tensor]:
+        tied = self.config.tie_word_embeddings
+        head = "model.embed_tokens.weight" if tied else "lm_head.weight"
+        return self._checkpoint.tensor("model.norm.weight"), self._checkpoint.tensor(head)
 
     def whole(self) -> nn.Module:
         from transformers import AutoModelForCausalLM

@@ -26,17 +26,22 @@ def onednn_is_faster() -> bool:
     return bool(foreign and libraries and hasattr(torch.ops.mkldnn, "_linear_pointwise"))
 
 
-def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x [..., in], weight [out, in] -> [..., out], by oneDNN."""
-    result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return result
+def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [..., in], weight [out, in], bias [out] -> [..., out]; all float32 on a CPU, or anything.
+
+    A weight is to be contiguous, as oneDNN takes many times as long otherwise.
+    """
+    if weight.device.type == "cpu" and weight.dtype == torch.float32 and onednn_is_faster():
+        result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        return result
+    return nn.functional.linear(x, weight, bias)
 
 
 class _OneDNN(nn.Linear):
     """A linear layer for inference in float32 on a CPU."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return _multiply(x, self.weight, self.bias)
+        return multiply(x, self.weight, self.bias)
 
 
 def hasten(layer: nn.Module) -> None:
@@ -51,7 +56,6 @@ def hasten(layer: nn.Module) -> None:
 def gram(x: Tensor) -> Tensor:
     """xᵀx of float32 [n, d]: [d, d]."""
     if x.device.type == "cpu" and onednn_is_faster():
-        # Contiguous, as oneDNN takes many times as long otherwise.
         columns = x.T.contiguous()
-        return _multiply(columns, columns, None)
+        return multiply(columns, columns)
     return x.T @ x

@@ -54,6 +54,10 @@ class Work:
             with atomic_write(self._path(layer), "wb") as file:
                 file.write(save({name: tensor.cpu() for name, tensor in tensors.items()}))
 
+    def get(self, layer: int) -> Tensors:
+        """The layer's result, or nothing."""
+        return self[layer] if layer in self else {}  # noqa: SIM401
+
     def _path(self, layer: int) -> Path:
         assert self._folder is not None
         return self._folder / f"layer-{layer:05d}.safetensors"

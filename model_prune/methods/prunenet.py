@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
@@ -16,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from tqdm.auto import tqdm
 
-from model_prune.core.allocate import check_kept, check_least, everywhere_alike
+from model_prune.core.allocate import check_least, everywhere_alike, uniform
 from model_prune.core.calibration import Calibration
 from model_prune.core.decoder import Decoder
 from model_prune.core.linear import gram
@@ -141,7 +140,8 @@ class _ByPolicy:
 
 def _train(decoder: Decoder, method: PruneNet, work: Work, progress: bool) -> Policy:
     """The policy that kept the spectra best; an episode that is done is not done again."""
-    kept = _counts(decoder.dims, method.remove)
+    gone = uniform(decoder.dims, method.remove, ("neuron",))
+    kept = [d.neurons - g["neuron"] for d, g in zip(decoder.dims, gone, strict=True)]
 
     def gate(i: int) -> Tensor:
         return decoder.state(i)[GATE].float().cpu()
@@ -176,18 +176,10 @@ def _train(decoder: Decoder, method: PruneNet, work: Work, progress: bool) -> Po
     return state.best_policy
 
 
-def _counts(dims: Sequence[Dims], remove: float) -> list[int]:
-    """Neurons that stay in each layer."""
-    alike = everywhere_alike()
-    nothing = [{"neuron": np.zeros(each.neurons)} for each in dims]
-    kept = alike(nothing, dims, remove * sum(each.weights for each in dims))
-    check_kept(kept)
-    return [int(each["neuron"].sum()) for each in kept]
-
-
 def spectrum(rows: Tensor) -> Tensor:
     """Singular values of float32 [rows, hidden], ascending: [hidden], zeros for missing rows."""
-    return torch.linalg.eigvalsh(gram(rows)).clamp(min=0).sqrt()
+    values: Tensor = torch.linalg.eigvalsh(gram(rows))
+    return values.clamp(min=0).sqrt()
 
 
 def reward(rows: Tensor, dense: Tensor) -> float:
@@ -195,7 +187,7 @@ def reward(rows: Tensor, dense: Tensor) -> float:
 
     Spectra that cannot be told apart count as one value apart.
     """
-    distance = ks_2samp(spectrum(rows), dense, method="asymp").statistic
+    distance = float(ks_2samp(spectrum(rows), dense, method="asymp").statistic)
     return 1 / max(distance, 1 / len(dense))
 
 

@@ -179,8 +179,8 @@ def test_inputs_that_are_computed_again_are_the_same(llama, monkeypatch):
     method = load_method("sparsegpt", order="staged")
     expected = method.plan(llama, WINDOWS, progress=False)
     attended = []
-    attend = collect._attend
-    monkeypatch.setattr(collect, "_attend", lambda *a: attended.append(1) or attend(*a))
+    attend = collect.attend
+    monkeypatch.setattr(collect, "attend", lambda *a: attended.append(1) or attend(*a))
     monkeypatch.setattr(elementwise, "walk", partial(walk, batch_tokens=24))
     for bound, times in ((collect.KEPT, 1), (0, 2)):
         attended.clear()
