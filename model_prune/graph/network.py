@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from torch.fx.node import map_arg
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_flatten, tree_map_only
+from torch.utils.flop_counter import FlopCounterMode
 
 from model_prune.core.mode import evaluating
 from model_prune.graph.channels import Trace, Traced
@@ -77,21 +79,40 @@ class Network:
                 return family
         raise unknown_name("family of channels", name, [family.name for family in self.families])
 
+    def size(self, kept: Kept, of: Literal["parameters", "flops"] = "parameters") -> int:
+        """What is left: parameters, or operations of products in a forward pass on the example."""
+        if of == "flops":
+            counter = FlopCounterMode(display=False)
+            with counter:
+                self._run(self.cut(kept))
+            return int(counter.get_total_flops())
+        gone = self.gone(kept)
+        return sum(
+            math.prod(size - len(gone.get((name, dim), ())) for dim, size in enumerate(p.shape))
+            for name, p in self.model.named_parameters()
+        )
+
     def masked(self, kept: Kept) -> nn.Module:
         """A copy in which all weights of the channels that go are zero."""
         model = copy.deepcopy(self.model)
         parameters = dict(model.named_parameters(remove_duplicate=False))
         with torch.no_grad():
-            for (name, dim), positions in self._gone(kept).items():
+            for (name, dim), positions in self.gone(kept).items():
                 if name in parameters:
                     parameters[name].index_fill_(dim, positions.to(parameters[name].device), 0)
         return model
 
-    def cut(self, kept: Kept) -> nn.Module:
-        """A copy without the channels that go: the same classes with smaller tensors."""
+    def cut(self, kept: Kept, weights: Mapping[str, Tensor] = {}) -> nn.Module:
+        """A copy without the channels that go: the same classes with smaller tensors.
+
+        weights: new values of whole parameters, before anything is cut.
+        """
         model = copy.deepcopy(self.model)
+        with torch.no_grad():
+            for name, weight in weights.items():
+                model.get_parameter(name).copy_(weight)
         made: dict[int, Tensor] = {}
-        for name, gone in itertools.groupby(sorted(self._gone(kept).items()), lambda x: x[0][0]):
+        for name, gone in itertools.groupby(sorted(self.gone(kept).items()), lambda x: x[0][0]):
             where, _, leaf = name.rpartition(".")
             module = model.get_submodule(where)
             tensor: Tensor = getattr(module, leaf)
@@ -101,7 +122,7 @@ class Network:
             _resize(module)
         return model
 
-    def _gone(self, kept: Kept) -> dict[Member, Tensor]:
+    def gone(self, kept: Kept) -> dict[Member, Tensor]:
         """Positions that go; raises InputError for channels that are not there, or no family."""
         gone: dict[Member, Tensor] = {}
         for name, stays in kept.items():
