@@ -142,6 +142,16 @@ METHODS = Registry(
             cost="a forward and a backward pass for each of some dozen steps",
         ),
         Method(
+            "obspa",
+            "model_prune.methods.obspa:OBSPA",
+            family="units",
+            paper="Structurally prune anything: any architecture, any framework, any time (OBSPA)",
+            year=2024,
+            arxiv="2403.18955",
+            needs="calibration text",
+            cost="one forward pass and a factorisation for each reader",
+        ),
+        Method(
             "tyr",
             "model_prune.methods.tyr:Tyr",
             family="units",

@@ -159,9 +159,8 @@ def removal_order(
 ) -> Tensor:
     """The order in which groups of neighbouring columns go, each step those that cost least.
 
-    What a group g costs is the rise of Σ ‖W x − W' x‖² / 2 when it goes and the columns that are
-    left make up for it: tr(W_g (H⁻¹_gg)⁻¹ W_gᵀ) / 2, with W and H⁻¹ as the groups gone before
-    leave them. Groups of `at_once` go together.
+    A group costs its `rise`, with W and H⁻¹ as the groups gone before leave them. Groups of
+    `at_once` go together.
     gradient: add tr(W_g (H W₀ᵀ)_g), as the authors of Týr do, which is no part of that rise.
     Source: Kurtic et al., "ZipLM" (2023, arXiv:2302.04089), section 3.1, whose groups are these;
     Frantar and Alistarh, "Optimal Brain Compression" (2022, arXiv:2208.11580), equation 3.
@@ -178,13 +177,9 @@ def removal_order(
     alive = torch.arange(groups, device=weight.device)
     order = []
     while len(alive) > at_once:
-        blocks = inverse.unfold(0, size, size).unfold(1, size, size)  # [left, left, size, size]
-        own = blocks.diagonal().movedim(-1, 0)
-        parts = work.view(-1, size, len(weight))
-        change = torch.linalg.solve(own, parts) / 2
+        cost = rise(work.T, inverse, torch.arange(len(work), device=work.device).view(-1, size))
         if slope is not None:
-            change = change + slope.view(parts.shape)
-        cost = (parts * change).sum((1, 2))
+            cost += (work * slope).view(len(alive), -1).sum(1)
         ranked = cost.argsort(stable=True)
         gone, stays = ranked[:at_once], ranked[at_once:].sort().values
         order.append(alive[gone])
@@ -197,6 +192,19 @@ def removal_order(
             slope = slope[left]
         alive = alive[stays]
     return torch.cat([*order, alive])
+
+
+def rise(weight: Tensor, inverse: Tensor, groups: Tensor) -> Tensor:
+    """What Σ ‖W x − W' x‖² / 2 rises by without a group of columns, the others making up for it.
+
+    tr(W_g (H⁻¹_gg)⁻¹ W_gᵀ) / 2, for each row of `groups`, int64 [groups, columns of one]; `inverse`
+    is H⁻¹ [in, in]. Returns float32 [groups].
+    Source: as of `removal_order`.
+    """
+    own = inverse[groups[:, :, None], groups[:, None, :]]  # [groups, columns, columns]
+    parts = weight.T[groups]  # [groups, columns, out]
+    changed: Tensor = parts * torch.linalg.solve(own, parts)
+    return changed.sum((1, 2)) / 2
 
 
 def _solved(factor: Tensor, x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad, unfold
 
 from model_prune.core.allocate import check_share
-from model_prune.core.compensate import inverse_factor, least_squares
+from model_prune.core.compensate import inverse_factor, least_squares, rise
 from model_prune.core.mode import evaluating
 from model_prune.core.statistics import Gram
 from model_prune.graph.network import Family, Kept, Network
@@ -178,18 +178,14 @@ class Readers:
     def costs(self, family: Family) -> Tensor | None:
         """What the error of all readers rises by without a channel, float64 [channels].
 
-        ½ tr(W_Q (H⁻¹_QQ)⁻¹ W_Qᵀ), when the other columns make up for it. None where no reader is a
-        linear layer or a convolution.
-        Source: as OBSPA's, section 3.3.
+        None where no reader is a linear layer or a convolution. Source: as of `obspa`.
         """
         total: Tensor | None = None
         for (name, dim), positions in family.members.items():
             if dim == 1 and name in self.weights:
                 factor = inverse_factor(self.grams[name])
-                inverse, columns = factor.T @ factor, self.columns(name, positions)
-                own = inverse[columns[:, :, None], columns[:, None, :]]  # [channels, q, q]
-                weight = self.weights[name].T[columns]  # [channels, q, out]
-                cost = (weight * torch.linalg.solve(own, weight)).sum((1, 2)).double() / 2
+                columns = self.columns(name, positions)
+                cost = rise(self.weights[name], factor.T @ factor, columns).double()
                 total = cost if total is None else total + cost
         return total
 

@@ -26,7 +26,7 @@ from tiny_decoders import FAMILIES, LAYERS, dims_of, random_windows, roomy_decod
 
 WINDOWS, IDS = random_windows(), random_windows(2, 20, seed=1)
 # Whose units are ranked at their cost, so that a KV group may be what is missing or too much.
-RANKED = ("flap",)
+RANKED = ("flap", "obspa")
 # Of methods that search or learn for long: as few steps as show what is promised here.
 QUICK = {
     "prunenet": {"episodes": 2},
