@@ -37,7 +37,7 @@ class LayerPlan:
         """All of it as tensors that safetensors can hold; masks as packed bits."""
         return {
             **{f"weight.{name}": weight.contiguous() for name, weight in self.weights.items()},
-            **{f"mask.{name}": _pack(mask) for name, mask in self.masks.items()},
+            **{f"mask.{name}": pack(mask) for name, mask in self.masks.items()},
             **{f"bias.{name}": bias.contiguous() for name, bias in self.biases.items()},
             **{f"unit.{family}": kept for family, kept in self.units.items()},
             "removed": torch.tensor(self.removed),
@@ -50,7 +50,7 @@ class LayerPlan:
         for key, tensor in tensors.items():
             kind, _, name = key.partition(".")
             if name:
-                parts[kind][name] = _unpack(tensor) if kind == "mask" else tensor
+                parts[kind][name] = unpack(tensor) if kind == "mask" else tensor
         return cls(
             weights=parts["weight"],
             masks=parts["mask"],
@@ -60,7 +60,7 @@ class LayerPlan:
         )
 
 
-def _pack(mask: Tensor) -> Tensor:
+def pack(mask: Tensor) -> Tensor:
     """bool [out, in] -> uint8 [out, ceil(in / 8) + 1]; the last byte of a row: bits unused."""
     columns = mask.shape[1]
     padded = torch.nn.functional.pad(mask.to(torch.uint8), (0, -columns % 8))
@@ -71,7 +71,7 @@ def _pack(mask: Tensor) -> Tensor:
     return torch.nn.functional.pad(rows, (0, 1), value=-columns % 8)
 
 
-def _unpack(rows: Tensor) -> Tensor:
+def unpack(rows: Tensor) -> Tensor:
     unused = int(rows[0, -1])
     shifts = torch.arange(8, dtype=torch.uint8, device=rows.device)
     bits = (rows[:, :-1, None] >> shifts) & 1
