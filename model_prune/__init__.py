@@ -90,6 +90,17 @@ METHODS = Registry(
             cost="one forward pass more than the method that prunes",
         ),
         Method(
+            "icbs",
+            "model_prune.methods.icbs:ICBS",
+            family="weights",
+            paper="Scalable iterative pruning of large language and vision models using block "
+            "coordinate descent (iCBS)",
+            year=2024,
+            arxiv="2411.17796",
+            needs="calibration text; the whole model and its gradients in memory",
+            cost="20 steps of three to seven passes over 16 windows, two of them backward",
+        ),
+        Method(
             "flap",
             "model_prune.methods.flap:FLAP",
             family="units",

@@ -29,6 +29,7 @@ WINDOWS, IDS = random_windows(), random_windows(2, 20, seed=1)
 RANKED = ("flap", "obspa")
 # Of methods that search or learn for long: as few steps as show what is promised here.
 QUICK = {
+    "icbs": {"steps": 2, "block": 32},
     "prunenet": {"episodes": 2},
     "tyr": {"iterations": 2, "generations": 2, "offspring": 4, "width": 0.2},
 }
