@@ -4,7 +4,8 @@
         --test wikitext2_test.txt.gz --second qa_reading.jsonl.gz
 
 Every method reads the same windows of calibration text, so its paper's own number of them does not
-count; Adapt-Pruner, which passes over them at every step, reads the first --adapt-windows of them.
+count; Adapt-Pruner, which passes over them at every step, reads the first --adapt-windows of them; iCBS and Týr take fewer
+steps and candidates than is their default, which `settings` of the row names.
 Perplexity is that of model_prune.evaluate, in windows of 512 tokens, on the test text and on one of
 another kind; ratios to the dense model have their paired 95 % interval. Of a `.jsonl` file the text
 is its rows' distinct contexts, with empty lines between them.
@@ -45,6 +46,10 @@ from prune_core.storage import read_jsonl, read_text, write_json
 
 HERE = Path(__file__).parent / "results"
 RUNS = 5
+# Fewer steps, samples, candidates and tokens than the methods' own, so that a row ends.
+IMPROVED = {"steps": 12, "samples": 16}
+SEARCHED = {"iterations": 2, "generations": 6, "offspring": 12}
+SEARCHED |= {"survivors": (4, 1), "judged_by": (1024, 4096)}
 ELEMENTS: dict[str, tuple[str, dict[str, Any]]] = {
     "random": ("random", {}),
     "magnitude": ("magnitude", {}),
@@ -55,6 +60,8 @@ ELEMENTS: dict[str, tuple[str, dict[str, Any]]] = {
     "owl": ("owl", {}),
     "sparsegpt": ("sparsegpt", {}),
     "sparsegpt, staged": ("sparsegpt", {"order": "staged"}),
+    "icbs": ("icbs", IMPROVED),
+    "icbs, from magnitude": ("icbs", IMPROVED | {"start": "magnitude"}),
 }
 PATTERN = ("random", "magnitude", "wanda", "ria", "sparsegpt")
 UNITS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -72,6 +79,10 @@ UNITS: dict[str, tuple[str, dict[str, Any]]] = {
     "llm_pruner": ("llm_pruner", {}),
     "llm_pruner, second order": ("llm_pruner", {"order": "second"}),
     "llm_pruner, vector": ("llm_pruner", {"order": "vector"}),
+    "obspa": ("obspa", {}),
+    "prunenet": ("prunenet", {}),
+    "tyr, not searched": ("tyr", SEARCHED | {"iterations": 1, "generations": 0}),
+    "tyr": ("tyr", SEARCHED),
 }
 
 
