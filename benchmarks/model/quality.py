@@ -4,8 +4,8 @@
         --test wikitext2_test.txt.gz --second qa_reading.jsonl.gz
 
 Every method reads the same windows of calibration text, so its paper's own number of them does not
-count; Adapt-Pruner, which passes over them at every step, reads the first --adapt-windows of them; iCBS and Týr take fewer
-steps and candidates than is their default, which `settings` of the row names.
+count; Adapt-Pruner, which passes over them at every step, reads the first --adapt-windows of them;
+iCBS and Týr take fewer steps and candidates than is their default, which `settings` of a row names.
 Perplexity is that of model_prune.evaluate, in windows of 512 tokens, on the test text and on one of
 another kind; ratios to the dense model have their paired 95 % interval. Of a `.jsonl` file the text
 is its rows' distinct contexts, with empty lines between them.
