@@ -56,6 +56,10 @@ class Block:
         together = self.pulls[:, flips].sum(1)
         return float(self.alone[flips].sum() + together @ together / 2)
 
+    def products(self) -> Floats:
+        """The Hessian's part of every two weights, [weights, weights]."""
+        return self.pulls.T @ self.pulls
+
     def best(self, restarts: int, random: np.random.Generator) -> Flips:
         """Flips that lower the loss as far as is found, as many kept weights as removed ones.
 
@@ -80,7 +84,7 @@ class Block:
         same side, keeps the number of weights.
         """
         flips, sign = flips.copy(), np.where(self.kept, 1, -1)
-        products = self.pulls.T @ self.pulls
+        products = self.products()
         i, j = np.nonzero(np.triu(self.matrix[:, None] == self.matrix, 1))
         together, least = products[i, j], -1e-12 * (1 + abs(self.alone).max(initial=0))
         while len(i):
