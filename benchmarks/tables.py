@@ -518,6 +518,43 @@ def prune_layers() -> str:
     return prune_quality("layers", "a tenth of the layers removed", "removed")
 
 
+def prune_flips() -> str:
+    """Means over seeds."""
+    rows = results("flips", "model")["rows"]
+
+    def mean(of: str, **case: Any) -> float:
+        return statistics.fmean(row[of] for row in rows if case.items() <= row.items())
+
+    found = []
+    cases = dict.fromkeys((row["start"], row["share"]) for row in rows if "start" in row)
+    for start, share in cases:
+        case = {"start": start, "share": share}
+        figures = [f"{100 * mean('accuracy', row='start', **case):.1f}"] + [
+            f"{100 * mean('accuracy', row=row, **case):.1f} ({mean('loss', row=row, **case):.2f})"
+            for row in ("icbs", "alone", "cleaned")
+        ]
+        flipped = mean("flipped", row="icbs", **case)
+        found.append([f"{start}, {share:.0%} zero", *figures, f"{100 * flipped:.1f} %"])
+    head = f"accuracy, % (loss); dense {100 * mean('accuracy', row='dense'):.1f}"
+    return table([head, "start", "iCBS", "each weight alone", "code's clean-up", "flipped"], found)
+
+
+def prune_policy() -> str:
+    """Of random rows the mean over seeds."""
+    report = results("policy", "model")
+    rows = []
+    for case, group in report["tables"].items():
+        draws = [row for name, row in group.items() if name.startswith("random")]
+        mean = {key: statistics.fmean(row[key] for row in draws) for key in draws[0]}
+        named = {name: row for name, row in group.items() if not name.startswith("random")}
+        for name, row in {f"random rows, mean of {len(draws)}": mean, **named}.items():
+            seconds = f"{row['seconds']:.0f}" if row["seconds"] else ""
+            figures = [f"{row['distance']:.4f}", f"{row['perplexity']:.1f}", seconds]
+            rows.append([case, name, *figures])
+    dense = f"perplexity; dense {report['dense']:.1f}, sibling {report['sibling']:.1f}"
+    return table(["cut", "neurons kept", "KS distance", dense, "training, s"], rows)
+
+
 def prune_serving() -> str:
     """Each file of results is three columns."""
     runs = [results(path.stem, "model") for path in sorted(MODEL_RESULTS.glob("serving-*.json"))]
@@ -646,6 +683,8 @@ TABLES = {
     "prune_layers": prune_layers,
     "prune_memory": prune_memory,
     "prune_pattern": prune_pattern,
+    "prune_flips": prune_flips,
+    "prune_policy": prune_policy,
     "prune_serving": prune_serving,
     "prune_speed": prune_speed,
     "prune_units": prune_units,
