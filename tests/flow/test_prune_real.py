@@ -69,12 +69,31 @@ def test_zeros_cost_less_the_more_a_method_knows(kind, pruned):
     assert found["magnitude"] < 0.5 * found["random"]
 
 
+def test_flips_of_few_weights_improve_wanda(pruned):
+    found = pruned("icbs", sparsity=0.5, steps=4, samples=8)[0]
+    wanda = pruned("wanda", sparsity=0.5)[0]
+    print(f"iCBS {found:.1f}, Wanda {wanda:.1f}: x {found / wanda:.3f}")
+    assert found < 0.95 * wanda
+
+
+def test_a_searched_allocation_beats_a_uniform_one_by_the_same_pruner(pruned):
+    """By 128 candidates and a text of 2,048 tokens; more of both do more."""
+    settings = {"remove": 0.3, "generations": 4, "offspring": 8}
+    settings |= {"survivors": (2, 1), "judged_by": (512, 2048)}
+    searched = pruned("tyr", **settings, iterations=2)[0]
+    uniform = pruned("tyr", **settings | {"generations": 0}, iterations=1)[0]
+    print(f"Týr {searched:.1f}, uniform {uniform:.1f}: x {searched / uniform:.3f}")
+    assert searched < uniform
+
+
 @pytest.mark.parametrize(
     ("name", "settings"),
     [
         ("flap", {}),
         ("cfsp", {}),
         ("amp", {}),
+        ("obspa", {}),
+        ("prunenet", {"episodes": 5}),
         ("llm_pruner", {}),
         # A step in five, so that the test ends.
         ("adapt_pruner", {"steps": 10}),
