@@ -92,17 +92,21 @@ class Trace:
         outer part, whose positions then hold one channel each.
         """
         outputs: list[Traced] = []
+        several = False
         for k, own in enumerate(x.labels):
+            if k and own is None:
+                continue
             sizes = [1] * len(x.shape)
             sizes[k] = x.shape[k]
             counted = move(torch.arange(x.shape[k]).view(sizes).expand(x.shape))
-            parts = list(counted) if isinstance(counted, list | tuple) else [counted]
+            several = isinstance(counted, list | tuple)
+            parts = list(counted) if several else [counted]
             if k == 0:
                 outputs = [Traced(tuple(part.shape), [None] * part.ndim) for part in parts]
             for output, part in zip(outputs, parts, strict=True):
                 if own is not None:
                     self._place(output, own, part)
-        return outputs if isinstance(counted, list | tuple) else outputs[0]
+        return outputs if several else outputs[0]
 
     def _place(self, output: Traced, own: NDArray[np.int64], positions: Tensor) -> None:
         """Labels of a dimension of the input, whose positions are where the output shows them."""
@@ -122,8 +126,8 @@ class Trace:
             if (found == found.min(others, keepdims=True)).all():
                 at = axis
         rows = np.moveaxis(found, at, 0).reshape(found.shape[at], -1)
-        for column in rows.T[1:]:
-            self.same(rows[:, 0], column)
+        self.left.append(np.broadcast_to(rows[:, :1], rows[:, 1:].shape).ravel())
+        self.right.append(rows[:, 1:].ravel())
         if output.labels[varying[at]] is None:
             output.labels[varying[at]] = rows[:, 0]
         else:  # two dimensions became one

@@ -6,6 +6,7 @@ import copy
 import itertools
 import math
 import operator
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -20,6 +21,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_flatten, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
+from transformers.pytorch_utils import Conv1D
 
 from model_prune.core.mode import evaluating
 from model_prune.graph.channels import Trace, Traced
@@ -111,15 +113,10 @@ class Network:
         with torch.no_grad():
             for name, weight in weights.items():
                 model.get_parameter(name).copy_(weight)
-        made: dict[int, Tensor] = {}
-        for name, gone in itertools.groupby(sorted(self.gone(kept).items()), lambda x: x[0][0]):
-            where, _, leaf = name.rpartition(".")
-            module = model.get_submodule(where)
-            tensor: Tensor = getattr(module, leaf)
-            if id(tensor) not in made:
-                made[id(tensor)] = _without(tensor, {dim: at for (_, dim), at in gone})
-            setattr(module, leaf, made[id(tensor)])
-            _resize(module)
+        parts = itertools.groupby(sorted(self.gone(kept).items()), lambda part: part[0][0])
+        gone = {name: {dim: at for (_, dim), at in members} for name, members in parts}
+        tensors = all_tensors(model)
+        replace(model, {name: _without(tensors[name], at) for name, at in gone.items()})
         return model
 
     def gone(self, kept: Kept) -> dict[Member, Tensor]:
@@ -143,26 +140,44 @@ class Network:
     def _that_can_be_cut(self, families: list[Family]) -> list[Family]:
         """Try: code that reshapes to sizes of its own stays behind when tensors get smaller."""
         self.families = families
-        if self._trial(families) is None:
+        found = self._passing(families)
+        together = self._trial(found) if self.stuck else None
+        if together is not None:  # what each could do without, all together cannot
+            self.stuck |= {family.name: together for family in found}
+            return []
+        return found
+
+    def _passing(self, families: list[Family]) -> list[Family]:
+        said = self._trial(families)
+        if said is None:
             return families
-        for family in families:
-            said = self._trial([family])
-            if said is not None:
-                self.stuck[family.name] = said
-        return [family for family in families if family.name not in self.stuck]
+        if len(families) == 1:
+            self.stuck[families[0].name] = said
+            return []
+        half = len(families) // 2
+        return self._passing(families[:half]) + self._passing(families[half:])
 
     def _trial(self, families: Sequence[Family]) -> str | None:
-        """What is wrong without every second channel of each."""
-        kept = {f.name: torch.arange(0, f.channels, 2) for f in families}
-        try:
-            found, expected = (self._run(model) for model in (self.cut(kept), self.masked(kept)))
-        except (RuntimeError, ValueError, IndexError, AttributeError) as error:
-            return _first_line(error)
-        same = all(
-            a.shape == b.shape and torch.allclose(a, b, rtol=1e-3, atol=1e-4 * b.abs().max().item())
-            for a, b in zip(found, expected, strict=True)
+        """What is wrong without every second channel of each, and without other shares of them."""
+        trials = (
+            {f.name: torch.arange(0, f.channels, 2) for f in families},
+            {
+                f.name: torch.arange(f.channels // 2 if i % 2 == 0 else 1 % f.channels, f.channels)
+                for i, f in enumerate(families)
+            },
         )
-        return None if same else "what comes out is not what it is when they are zero"
+        try:
+            for kept in trials:
+                cut, masked = self._run(self.cut(kept)), self._run(self.masked(kept))
+                if not all(
+                    a.shape == b.shape
+                    and torch.allclose(a, b, rtol=1e-3, atol=1e-4 * b.abs().max().item())
+                    for a, b in zip(cut, masked, strict=True)
+                ):
+                    return "what comes out is not what it is when they are zero"
+        except (RuntimeError, ValueError, IndexError, AttributeError, AssertionError) as error:
+            return _first_line(error)
+        return None
 
     @torch.no_grad()
     def _run(self, model: nn.Module) -> list[Tensor]:
@@ -174,14 +189,38 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
+def all_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by all of their names."""
+    parameters = model.named_parameters(remove_duplicate=False)
+    return {**dict(parameters), **dict(model.named_buffers(remove_duplicate=False))}
+
+
+def replace(model: nn.Module, smaller: Mapping[str, Tensor]) -> None:
+    """Put tensors in the places of others, and say in the modules' attributes what sizes they have.
+
+    smaller: by name; of tensors of several names one will do, and they stay one.
+    """
+    tensors = all_tensors(model)
+    made = {id(tensors[name]): tensor for name, tensor in smaller.items()}
+    changed = {}
+    for name, tensor in tensors.items():
+        if id(tensor) in made:
+            where, _, leaf = name.rpartition(".")
+            new = made[id(tensor)]
+            if isinstance(tensor, nn.Parameter) and not isinstance(new, nn.Parameter):
+                new = made[id(tensor)] = nn.Parameter(new, requires_grad=tensor.requires_grad)
+            changed[where] = model.get_submodule(where)
+            setattr(changed[where], leaf, new)
+    for module in changed.values():
+        _resize(module)
+
+
 def _without(tensor: Tensor, gone: Mapping[int, Tensor]) -> Tensor:
     smaller = tensor.detach()
     for dim, positions in gone.items():
         stays = torch.ones(tensor.shape[dim], dtype=torch.bool)
         stays[positions] = False
         smaller = smaller.index_select(dim, stays.nonzero().flatten().to(tensor.device))
-    if isinstance(tensor, nn.Parameter):
-        return nn.Parameter(smaller, requires_grad=tensor.requires_grad)
     return smaller
 
 
@@ -200,8 +239,17 @@ def _resize(module: nn.Module) -> None:
             module.in_channels = module.weight.shape[1] * module.groups
     elif isinstance(module, _NormBase):
         module.num_features = len(module.running_mean if module.weight is None else module.weight)
+    elif isinstance(module, nn.GroupNorm) and module.weight is not None:
+        module.num_groups = module.num_groups * len(module.weight) // module.num_channels
+        module.num_channels = len(module.weight)
+    elif isinstance(module, nn.RNNBase):
+        module.input_size, module.hidden_size = (
+            getattr(module, f"weight_{kind}_l0").shape[1] for kind in ("ih", "hh")
+        )
     elif isinstance(module, nn.Embedding):
         module.num_embeddings, module.embedding_dim = module.weight.shape
+    elif isinstance(module, Conv1D):
+        module.nx, module.nf = module.weight.shape
     elif isinstance(module, nn.RNNCellBase):
         module.hidden_size, module.input_size = (
             matrix.shape[1] for matrix in (module.weight_hh, module.weight_ih)
@@ -214,7 +262,9 @@ def _traced(
 ) -> tuple[Trace, dict[str, Traced]]:
     """The trace, and the tensors of the model by their names."""
     try:
-        with evaluating(model), torch.no_grad():
+        with evaluating(model), torch.no_grad(), warnings.catch_warnings():
+            # nn.LSTM and its kin list their weights anew, which export says and undoes.
+            warnings.filterwarnings("ignore", "The tensor attribute", UserWarning)
             program = torch.export.export(model, tuple(example), dict(named), strict=False)
     except Exception as error:  # torch.export raises errors of every kind
         raise InputError(

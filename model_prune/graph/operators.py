@@ -21,6 +21,7 @@ MOVES = {
     *("view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze"),
     *("permute", "transpose", "swapaxes", "movedim", "t", "expand", "repeat", "flip", "roll"),
     *("chunk", "split", "split_with_sizes", "tensor_split", "unbind", "slice", "select", "narrow"),
+    *("pixel_shuffle", "pixel_unshuffle"),
 }
 # Which give what they are given.
 COPIES = {
@@ -217,6 +218,54 @@ def _embedding(
     return Traced(shape, [*[None] * (len(shape) - 1), weight.labels[1]])
 
 
+@rule("where", "hardswish", "log_sigmoid", "fmod", "floor_divide")
+def _of_positions(trace: Trace, shape: Shape, *inputs: Any, **_: Any) -> Traced:
+    """Which torch does not call pointwise, and which are."""
+    return trace.pointwise(inputs, shape)
+
+
+@rule("prelu")
+def _slopes(trace: Trace, shape: Shape, x: Traced, slopes: Traced) -> Traced:
+    labels = list(x.labels)
+    if slopes.shape[0] > 1:
+        labels[1] = trace.same(labels[1], slopes.labels[0])
+    return Traced(shape, labels)
+
+
+@rule("glu")
+def _gated(trace: Trace, shape: Shape, x: Traced, dim: int = -1) -> Traced:
+    """The second half of a dimension gates the first."""
+    labels = list(x.labels)
+    own, half = labels[dim], shape[dim]
+    labels[dim] = None if own is None else trace.same(own[:half], own[half:])
+    return Traced(shape, labels)
+
+
+@rule("index_select")
+def _selected(trace: Trace, shape: Shape, x: Traced, dim: int, index: Traced) -> Traced:
+    """Positions that are taken by their numbers stay."""
+    labels = list(x.labels)
+    trace.stay(labels[dim])
+    labels[dim] = None
+    return Traced(shape, labels)
+
+
+@rule("einsum")
+def _summed(trace: Trace, shape: Shape, said: str, tensors: Sequence[Traced], **_: Any) -> Traced:
+    """Dimensions of one letter are one."""
+    read, arrow, written = said.replace(" ", "").partition("->")
+    letters = read.split(",")
+    if not arrow or "." in said or any(len(set(one)) < len(one) for one in letters):
+        return trace.opaque(tensors, shape)
+    found: dict[str, list[Labels]] = {}
+    for one, x in zip(letters, tensors, strict=True):
+        for letter, labels, size in zip(one, x.labels, x.shape, strict=True):
+            if size != 1:
+                found.setdefault(letter, []).append(labels)
+    joined = {letter: trace.same(*meet) for letter, meet in found.items()}
+    return Traced(shape, [joined.get(letter) for letter in written])
+
+
 # ------------------------------------------------------------------ cells
 @rule("gru_cell", "lstm_cell", "rnn_tanh_cell", "rnn_relu_cell")
 def _cell(
@@ -246,13 +295,80 @@ def _cell(
     return [out, out] if isinstance(state, list | tuple) else out
 
 
+@rule("gru", "lstm", "rnn_tanh", "rnn_relu")
+def _recurrent(
+    trace: Trace,
+    shape: Any,
+    x: Traced,
+    state: Any,
+    weights: Any,
+    has_biases: bool,
+    layers: int,
+    dropout: float,
+    train: bool,
+    bidirectional: bool,
+    batch_first: bool = False,
+) -> Any:
+    """Layers and directions have one width: a position of the state is that of all of them."""
+    states = state if isinstance(state, list | tuple) else [state]
+    directions = 2 if bidirectional else 1
+    width = states[0].shape[-1]
+    each = len(weights) // (layers * directions)
+    sizes = [part.shape for part in weights]
+    if each != (4 if has_biases else 2) or any(size[1] != width for size in sizes[1::each]):
+        trace.opaque([x, *states, *weights], ())  # projections, or sequences that are packed
+        return [Traced(tuple(value.shape), [None] * value.ndim) for value in shape]
+    kept = trace.same(*(one.labels[-1] for one in states))
+    read = x.labels[-1]
+    for layer in range(layers):
+        for direction in range(directions):
+            at = (layer * directions + direction) * each
+            trace.same(read, weights[at].labels[1])
+            kept = trace.same(kept, weights[at + 1].labels[1])
+            for part in weights[at : at + each]:
+                rows = part.labels[0]
+                for gate in range(part.shape[0] // width):
+                    one = None if rows is None else rows[gate * width : (gate + 1) * width]
+                    kept = trace.same(kept, one)
+        read = None if kept is None else np.tile(kept, directions)
+    for labels in (*x.labels[:-1], *(n for one in states for n in one.labels[:-1])):
+        trace.stay(labels)
+    outputs = [Traced(tuple(value.shape), [None, None, kept]) for value in shape]
+    outputs[0].labels[-1] = read
+    return outputs
+
+
 # ------------------------------------------------------------------ norms, means, pools
-@rule("batch_norm", "_native_batch_norm_legit_no_training", "instance_norm")
+@rule("batch_norm", "_native_batch_norm_legit_no_training")
 def _batch_norm(trace: Trace, shape: Shape, x: Traced, *own: Any, **_: Any) -> Traced:
     parts = [part for part in own if isinstance(part, Traced)]
     labels = list(x.labels)
     labels[1] = trace.same(labels[1], *(part.labels[0] for part in parts))
     return Traced(shape, labels)
+
+
+@rule("instance_norm")
+def _instance_norm(trace: Trace, shape: Shape, x: Traced, *own: Any, **_: Any) -> Traced:
+    return _norm_of_groups(trace, shape, x, x.shape[1], own)
+
+
+@rule("group_norm")
+def _group_norm(trace: Trace, shape: Shape, x: Traced, groups: int, *own: Any, **_: Any) -> Traced:
+    return _norm_of_groups(trace, shape, x, groups, own)
+
+
+def _norm_of_groups(
+    trace: Trace, shape: Shape, x: Traced, groups: int, own: Sequence[Any]
+) -> Traced:
+    """A group goes whole, as its channels are averaged over."""
+    joined = trace.same(x.labels[1], *(p.labels[0] for p in own if isinstance(p, Traced)))
+    if joined is not None:
+        rows = joined.reshape(groups, -1)
+        for column in rows.T[1:]:
+            trace.same(rows[:, 0], column)
+    for labels in x.labels[2:]:
+        trace.stay(labels)
+    return Traced(shape, [x.labels[0], joined, *[None] * (len(shape) - 2)])
 
 
 @rule("layer_norm", "rms_norm")

@@ -7,180 +7,21 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    MobileNetV2Config,
-    MobileNetV2ForImageClassification,
-    ResNetConfig,
-    ResNetForImageClassification,
-    ViTConfig,
-    ViTForImageClassification,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    T5Config,
+    T5EncoderModel,
+    WhisperConfig,
 )
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from model_prune.core.units import MEMBERS, places
 from model_prune.graph.network import Network
 from prune_core.errors import InputError, UnknownName
-from tiny_decoders import FAMILIES, LAYERS, dims_of, random_windows, roomy_decoder
-
-
-def cacheless(kind):
-    model = roomy_decoder(kind)
-    model.config.use_cache = False  # which torch.export cannot give back
-    return model
-
-
-class Net(nn.Module):
-    """A forward of its own, of modules that are given."""
-
-    def __init__(self, run, **modules):
-        super().__init__()
-        for name, module in modules.items():
-            setattr(self, name, module)
-        self.run = run
-
-    def forward(self, *inputs):
-        return self.run(self, *inputs)
-
-
-def settled(model):
-    """With norms that have seen something, so that they are no identity."""
-    torch.manual_seed(1)
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            nn.init.normal_(module.running_mean)
-            nn.init.uniform_(module.running_var, 0.5, 2)
-            nn.init.normal_(module.weight)
-            nn.init.normal_(module.bias)
-    return model.eval()
-
-
-def images(channels=3, size=16):
-    return torch.randn(2, channels, size, size, generator=torch.Generator().manual_seed(2))
-
-
-def residual(self, x):
-    x = torch.relu(self.b0(self.c0(x)))
-    x = torch.relu(self.b2(self.c2(torch.relu(self.b1(self.c1(x))))) + x)
-    return self.head(x.mean((2, 3)))
-
-
-def concat(self, x):
-    x = torch.cat([self.a(x), F.gelu(self.b(x))], 1)
-    first, second = self.c(x).chunk(2, 1)
-    return self.head((first * second.sigmoid()).flatten(1))
-
-
-def recurrent(self, x):
-    state = None
-    for step in x.unbind(1):
-        state = self.cell(step, state)
-    return self.head(state[0] if isinstance(state, tuple) else state)
-
-
-def packed(self, x):
-    """Attention of one matrix for queries, keys and values."""
-    q, k, v = (part.unflatten(-1, (-1, 4)).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=-1))
-    return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-
-
-def spread(self, x):
-    return self.head(self.up(torch.relu(self.grouped(self.first(x)))).amax((2, 3)))
-
-
-NETS = {
-    "residual": lambda: (
-        Net(
-            residual,
-            c0=nn.Conv2d(3, 8, 3, padding=1),
-            b0=nn.BatchNorm2d(8),
-            c1=nn.Conv2d(8, 12, 3, padding=1, bias=False),
-            b1=nn.BatchNorm2d(12),
-            c2=nn.Conv2d(12, 8, 3, padding=1),
-            b2=nn.BatchNorm2d(8),
-            head=nn.Linear(8, 5),
-        ),
-        images(),
-        {"c0": 8, "c1": 12},
-    ),
-    "concat, gate and flatten": lambda: (
-        Net(
-            concat,
-            a=nn.Conv2d(3, 4, 1),
-            b=nn.Conv2d(3, 6, 1),
-            c=nn.Conv2d(10, 10, 3),
-            head=nn.Linear(5 * 4, 3),
-        ),
-        images(3, 4),
-        {"a": 4, "b": 6, "c": 5},
-    ),
-    "grouped and transposed": lambda: (
-        Net(
-            spread,
-            first=nn.Conv2d(3, 8, 1),
-            grouped=nn.Conv2d(8, 12, 3, groups=4),
-            up=nn.ConvTranspose2d(12, 6, 2, stride=2),
-            head=nn.Linear(6, 3),
-        ),
-        images(),
-        {"first": 4, "up": 6},
-    ),
-    "packed attention": lambda: (
-        Net(packed, qkv=nn.Linear(10, 3 * 5 * 4), out=nn.Linear(20, 7)),
-        torch.randn(2, 6, 10, generator=torch.Generator().manual_seed(2)),
-        {"qkv": 5},
-    ),
-    "gru": lambda: (
-        Net(recurrent, cell=nn.GRUCell(5, 8), head=nn.Linear(8, 3)),
-        torch.randn(2, 4, 5, generator=torch.Generator().manual_seed(2)),
-        {"cell.weight_ih": 8},
-    ),
-    "lstm": lambda: (
-        Net(recurrent, cell=nn.LSTMCell(5, 8), head=nn.Linear(8, 3)),
-        torch.randn(2, 4, 5, generator=torch.Generator().manual_seed(2)),
-        {"cell.weight_ih": 8},
-    ),
-    "resnet": lambda: (
-        ResNetForImageClassification(
-            ResNetConfig(embedding_size=8, hidden_sizes=[16, 24], depths=[2, 1])
-        ),
-        images(size=32),
-        None,
-    ),
-    "mobilenet": lambda: (
-        MobileNetV2ForImageClassification(MobileNetV2Config(depth_multiplier=0.25)),
-        images(size=32),
-        None,
-    ),
-    "vit": lambda: (
-        ViTForImageClassification(
-            ViTConfig(
-                hidden_size=32,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                intermediate_size=48,
-                image_size=16,
-                patch_size=4,
-            )
-        ),
-        images(),
-        None,
-    ),
-    "bert": lambda: (
-        BertForSequenceClassification(
-            BertConfig(
-                vocab_size=96,
-                hidden_size=32,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                intermediate_size=48,
-                max_position_embeddings=16,
-            )
-        ),
-        random_windows(2, 12),
-        None,
-    ),
-    "decoder": lambda: (cacheless("llama"), random_windows(2, 12), None),
-}
+from tiny_decoders import FAMILIES, LAYERS, dims_of, random_windows
+from tiny_networks import NETS, Net, cacheless, half, images, out, settled
 
 
 @pytest.fixture(scope="module", params=NETS)
@@ -189,23 +30,6 @@ def case(request):
     model, example, expected = NETS[request.param]()
     model = settled(model)
     return Network(model, example), example, expected
-
-
-def half(network, seed=0):
-    """About half of the channels of every family, at random."""
-    draw = torch.Generator().manual_seed(seed)
-    return {
-        family.name: torch.randperm(family.channels, generator=draw)[: max(1, family.channels // 2)]
-        .sort()
-        .values
-        for family in network.families
-    }
-
-
-@torch.no_grad()
-def out(model, *inputs):
-    found = model(*inputs)
-    return found if isinstance(found, torch.Tensor) else found.logits
 
 
 def weights(model):
@@ -409,6 +233,115 @@ def test_torchs_own_attention_keeps_its_heads():
     layer = nn.TransformerEncoderLayer(16, 4, 24, batch_first=True, dropout=0.0)
     network = Network(layer, torch.randn(2, 5, 16))
     assert [family.name for family in network.families] == ["linear1"]
+
+
+def test_halves_that_are_cut_by_their_place_stay():
+    """They would be of one size no more, and torch's chunk makes them so."""
+
+    def run(self, x):
+        first, second = self.first(x).chunk(2, 1)
+        return self.one(first) + self.other(second)
+
+    model = Net(run, first=nn.Linear(4, 8), one=nn.Linear(4, 3), other=nn.Linear(4, 3))
+    network = Network(model, torch.randn(2, 4))
+    assert network.families == []
+    assert set(network.stuck) == {"first", "first#2"}
+
+
+def test_shuffled_groups_stay_whole():
+    """As ShuffleNet's."""
+
+    def run(self, x):
+        x = self.first(x)
+        batch, channels, height, width = x.shape
+        x = x.view(batch, 2, channels // 2, height, width).transpose(1, 2)
+        x = self.grouped(x.reshape(batch, channels, height, width))
+        return self.head(torch.relu(x).mean((2, 3)))
+
+    model = Net(
+        run,
+        first=nn.Conv2d(3, 8, 1),
+        grouped=nn.Conv2d(8, 8, 3, groups=2),
+        head=nn.Linear(8, 3),
+    )
+    assert [f for f in Network(model, images()).families if f.channels > 1] == []
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections")
+def test_a_sequence_with_projections_stays():
+    cell = nn.LSTM(5, 8, batch_first=True, proj_size=4)
+    model = Net(lambda self, x: self.head(self.cell(x)[0][:, -1]), cell=cell, head=nn.Linear(4, 3))
+    assert Network(model, torch.randn(2, 4, 5)).families == []
+
+
+TRANSFORMERS = {
+    # model, example, families, what is stuck
+    "gpt2": lambda: (
+        GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, use_cache=False)),
+        (random_windows(2, 12) % 64,),
+        {"mlp.c_fc"},
+        {"attn.c_attn"},
+    ),
+    "t5": lambda: (
+        T5EncoderModel(
+            T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
+        ),
+        (random_windows(2, 12) % 64,),
+        {"SelfAttention.q", "DenseReluDense.wi"},
+        set(),
+    ),
+    "clip": lambda: (
+        CLIPVisionModel(
+            CLIPVisionConfig(
+                hidden_size=32,
+                intermediate_size=48,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                image_size=16,
+                patch_size=4,
+            )
+        ),
+        (images(),),
+        {"self_attn.k_proj", "mlp.fc1"},
+        set(),
+    ),
+    "whisper": lambda: (
+        WhisperEncoder(
+            WhisperConfig(
+                d_model=32,
+                encoder_layers=2,
+                encoder_attention_heads=4,
+                encoder_ffn_dim=48,
+                num_mel_bins=8,
+                max_source_positions=16,
+            )
+        ),
+        (torch.randn(2, 8, 32),),
+        {"conv1", "fc1"},
+        {"self_attn.k_proj"},  # its code has the number of heads in it
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_what_can_be_cut_of_other_transformers(name):
+    torch.manual_seed(0)
+    model, example, families, stuck = TRANSFORMERS[name]()
+    network = Network(model.eval(), *example)
+    assert network.unknown == []
+
+    def ends(names):
+        return {
+            next(end for end in families | stuck if f".{one}".endswith(f".{end}")) for one in names
+        }
+
+    assert ends(f.name for f in network.families) == families
+    assert ends(network.stuck) == stuck
+    kept = half(network)
+    cut, masked = network._run(network.cut(kept)), network._run(network.masked(kept))
+    for found, expected in zip(cut, masked, strict=True):
+        largest = expected.abs().max().item()
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * largest)
 
 
 # ------------------------------------------------------------------ refusals

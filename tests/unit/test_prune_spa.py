@@ -238,7 +238,7 @@ def test_obspa_is_its_parts_and_nearer_than_magnitude(network):
     table = {family.name: readers.costs(family) for family in network.families}
     kept = lowest(network, table, 0.4, "flops")
     expected = network.cut(kept, readers.refitted(network, kept))
-    found = obspa(network, [x], 0.4, "flops")
+    _, found = obspa(network, [x], 0.4, "flops")
     with torch.no_grad():
         assert torch.equal(found(x), expected(x))
         dense = network.model(x)
@@ -252,6 +252,6 @@ def test_obspa_is_its_parts_and_nearer_than_magnitude(network):
 
 def test_noise_will_do_for_data():
     network = Network(convolutional(), images(2))
-    model = obspa(network, [torch.rand(64, 3, 8, 8)], 0.4)
+    _, model = obspa(network, [torch.rand(64, 3, 8, 8)], 0.4)
     assert sum(p.numel() for p in model.parameters()) <= 0.6 * network.size({})
     assert model(images()).isfinite().all()
