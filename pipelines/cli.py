@@ -400,7 +400,10 @@ def kv_calibrate(
 @app.command("model")
 def model(
     source: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A folder of transformers', or a hub name.")
+        str,
+        typer.Argument(
+            metavar="MODEL", help="A folder of transformers', a hub name, or any network's .onnx."
+        ),
     ],
     method: Annotated[
         str | None, typer.Option(help="A weight-pruning method from `prunekit methods`.")
@@ -422,7 +425,8 @@ def model(
         typer.Option("--set", help="A further setting, as NAME=VALUE; may be repeated."),
     ] = None,
     calibration: Annotated[
-        list[Path] | None, typer.Option(help="Text file, UTF-8, plain or .gz; may be repeated.")
+        list[Path] | None,
+        typer.Option(help="Text, UTF-8, plain or .gz; may be repeated. Of .onnx: .npz or .npy."),
     ] = None,
     windows: Annotated[
         int | None, typer.Option(help="Windows of it to read; the paper's by default.")
@@ -454,7 +458,7 @@ def model(
     """Prune a model's weights, units or layers into a folder that transformers and vLLM load.
 
     The same command goes on where it was stopped: what was found of each layer stays in OUT.work
-    until the model is written.
+    until the model is written. An .onnx file becomes a smaller one, by spa or obspa, at once.
     """
     import yaml
 
@@ -474,6 +478,35 @@ def model(
         if not equals:
             raise InputError(f"--set takes NAME=VALUE, got '{text}'.")
         given[name] = yaml.safe_load(value)
+    if source.endswith(".onnx"):
+        others: dict[str, Any] = {
+            "windows": windows,
+            "tokens": tokens,
+            "save-plan": save_plan,
+            "plan": plan,
+        }
+        others |= {"evaluate": evaluate, "device": device}
+        wrong = [name for name, value in others.items() if value is not None]
+        if wrong or len(calibration or ()) > 1:
+            raise InputError(
+                f"An ONNX file takes no --{wrong[0]}."
+                if wrong
+                else "An ONNX file takes one file of --calibration, .npz or .npy."
+            )
+        from model_prune.prune_onnx import prune_onnx
+
+        pruned = prune_onnx(
+            source,
+            None if dry_run else out,
+            method=str(method),
+            data=calibration[0] if calibration else None,
+            overwrite=overwrite,
+            **({"seed": seed} | given),
+        )
+        typer.echo(pruned)
+        if html:
+            pruned.to_html(html)
+        return
     read: dict[str, Any] = {"windows": windows, "tokens": tokens, "seed": seed, "device": device}
     writing: dict[str, Any] = {
         "texts": {path.name: read_text(path) for path in evaluate or ()},

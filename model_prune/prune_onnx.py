@@ -1,0 +1,289 @@
+"""From one ONNX file to a smaller one, by SPA or OBSPA."""
+
+from __future__ import annotations
+
+import json
+import time
+from base64 import b64encode
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from model_prune.core.allocate import check_share
+from model_prune.graph.network import Network
+from model_prune.graph.onnx import OnnxNetwork
+from model_prune.methods.spa import (
+    Of,
+    Reduce,
+    by_chance,
+    by_channel,
+    grasp,
+    lowest,
+    magnitude,
+    noise,
+    obspa,
+    snip,
+)
+from prune_core.errors import InputError, unknown_name
+from prune_core.provenance import provenance
+from prune_core.recipe import parse_recipe
+from prune_core.storage import StrPath, atomic_write, write_json
+
+BATCH = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spa:
+    """Group importance by a criterion; see `methods.spa`.
+
+    remove: share of `of` that goes.   rows: of data, that gradients are taken over.
+    """
+
+    remove: float = 0.5
+    of: Of = "parameters"
+    criterion: Literal["magnitude", "snip", "grasp", "random"] = "magnitude"
+    reduce: Reduce = "sum"
+    rows: int = 256
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_share("remove", self.remove)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Obspa:
+    """The update without training; see `methods.spa.obspa`.   rows: of data or noise."""
+
+    remove: float = 0.5
+    of: Of = "parameters"
+    rows: int = 256
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_share("remove", self.remove)
+
+
+METHODS: dict[str, Any] = {"spa": Spa, "obspa": Obspa}
+
+
+@dataclass(frozen=True)
+class OnnxReport:
+    """What went, in numbers.
+
+    families: (channels that stay, channels) by name.
+    parameters, flops: before and after; flops of products, on the example the file is tried with.
+    unknown, stuck: as of Network: why the others stay.
+    """
+
+    title: str
+    families: dict[str, tuple[int, int]]
+    parameters: tuple[int, int]
+    flops: tuple[int, int]
+    unknown: tuple[str, ...]
+    stuck: dict[str, str]
+    seconds: float
+
+    def __str__(self) -> str:
+        lines = [self.title, ""]
+        lines += [f"{name}: {n} of {of} channels" for name, (n, of) in self.families.items()]
+        if not self.families:
+            lines.append("No channels can be cut.")
+        lines.append("")
+        lines += [f"{name}: {was} -> {now} ({change})" for name, was, now, change in self.totals]
+        lines += [f"Stays whole: {name} ({said})" for name, said in self.stuck.items()]
+        if self.unknown:
+            lines.append(
+                f"Stays, as nothing is known of these operators: {', '.join(self.unknown)}"
+            )
+        return "\n".join(lines)
+
+    @property
+    def totals(self) -> list[tuple[str, str, str, str]]:
+        """Rows of (what, before, after, change)."""
+        return [
+            (name, f"{was:,}", f"{now:,}", f"−{1 - now / max(was, 1):.1%}")
+            for name, (was, now) in (("parameters", self.parameters), ("FLOPs", self.flops))
+        ]
+
+    def save(self, path: StrPath, **more: Any) -> None:
+        """Write it as JSON, whole or not at all."""
+        write_json(path, asdict(self) | more)
+
+    def to_html(self, path: StrPath) -> None:
+        """Write one self-contained page; it loads nothing and runs no script."""
+        from jinja2 import Environment, StrictUndefined
+        from markupsafe import Markup
+
+        style, template = (
+            Path(__file__).with_name(name).read_text(encoding="utf-8")
+            for name in ("report.css", "network.html.j2")
+        )
+        environment = Environment(
+            autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        )
+        page = environment.from_string(template).generate(
+            report=self,
+            levels={name: round(10 * (1 - n / of)) for name, (n, of) in self.families.items()},
+            style=Markup(style),
+            style_hash=f"sha256-{b64encode(sha256(style.encode()).digest()).decode()}",
+        )
+        with atomic_write(path) as file:
+            file.writelines(page)
+
+
+def prune_onnx(
+    source: StrPath,
+    out: StrPath | None = None,
+    *,
+    method: str = "spa",
+    data: StrPath | None = None,
+    overwrite: bool = False,
+    **settings: Any,
+) -> OnnxReport:
+    """Prune an ONNX file into another one, and say what went.
+
+    source: opset 13 or newer, 2 GB at most; its inputs and outputs keep their shapes.
+    out: the file to write, and a report beside it (OUT with .json); None only looks.
+    method: "spa" or "obspa", with the settings of `Spa` or `Obspa`.
+    data: .npz with an array for each input, under its name, and "labels" for criteria that need a
+    loss (class numbers, for cross-entropy on the first output); .npy for a single input. OBSPA does
+    without, on noise.
+
+    Raises InputError for settings, data and files that do not fit, and for more than there is to
+    cut; CheckpointError for a file that cannot be read; MissingExtra without the package onnx.
+    """
+    if method not in METHODS:
+        raise unknown_name("method of ONNX files", method, METHODS)
+    chosen = parse_recipe(settings, METHODS[method])
+    if out is not None and Path(out).exists() and not overwrite:
+        raise InputError(f"'{out}' exists: choose another name, or pass overwrite=True.")
+    if out is not None and Path(out).suffix != ".onnx":
+        raise InputError(f"An ONNX file is written as one: '{out}' must end in .onnx.")
+    started = time.perf_counter()
+    dense = OnnxNetwork.read(source)
+    rows = Rows.read(data, dense, chosen.rows, chosen.seed) if data is not None else None
+    network = Network(dense, *(rows.batch() if rows else dense.example()))
+    kept, smaller = _cut(network, chosen, rows)
+    report = OnnxReport(
+        f"{dense.name}: {method}, {chosen.remove:g} of {chosen.of}",
+        {f.name: (len(kept.get(f.name, range(f.channels))), f.channels) for f in network.families},
+        (network.size({}), network.size(kept)),
+        (network.size({}, "flops"), network.size(kept, "flops")),
+        tuple(network.unknown),
+        network.stuck,
+        time.perf_counter() - started,
+    )
+    if out is not None:
+        about = {"method": method, "settings": asdict(chosen)}
+        smaller.write(out, {"prunekit": json.dumps(about)})
+        report.save(Path(out).with_suffix(".json"), **about, provenance=provenance(chosen.seed))
+    return report
+
+
+def _cut(network: Network, chosen: Any, rows: Rows | None) -> tuple[Mapping[str, Tensor], Any]:
+    if isinstance(chosen, Obspa):
+        read = rows.batches() if rows else _noise(network.model, chosen)
+        return obspa(network, read, chosen.remove, chosen.of)
+    model = network.model
+    if chosen.criterion == "magnitude":
+        scores = magnitude(model)
+    elif chosen.criterion == "random":
+        scores = by_chance(model, chosen.seed)
+    elif rows is None or rows.labels is None:
+        raise InputError(
+            f"{chosen.criterion} goes by the gradient of a loss: give a .npz file with the inputs "
+            f"and their 'labels'."
+        )
+    else:
+        scores = (snip if chosen.criterion == "snip" else grasp)(model, rows.loss)
+    kept = lowest(network, by_channel(network, scores, chosen.reduce), chosen.remove, chosen.of)
+    return kept, network.cut(kept)
+
+
+def _noise(model: Any, chosen: Obspa) -> Iterator[Any]:
+    fixed = _shape(model, model.inputs[0].name)[0]
+    return noise(model.example(), chosen.rows, fixed or BATCH, chosen.seed)
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Data of a file's inputs.
+
+    arrays: of each input in order, [rows, …].   labels: int64 [rows, …], or None.
+    size: of the batches that are run.   few: the fewest that the file takes.
+    """
+
+    arrays: tuple[Tensor, ...]
+    labels: Tensor | None
+    size: int
+    few: int
+
+    @classmethod
+    def read(cls, path: StrPath, network: OnnxNetwork, most: int, seed: int) -> Rows:
+        """As many rows as are asked for, drawn by the seed; raises InputError for what is wrong."""
+        try:
+            found: Any = np.load(path, allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise InputError(f"Cannot read '{path}' ({error}): give .npz or .npy.") from error
+        inputs = network.example()
+        names = [each.name for each in network.inputs]
+        given = {names[0]: found} if isinstance(found, np.ndarray) else dict(found)
+        labels = given.pop("labels", None)
+        if given.keys() != set(names):
+            raise InputError(
+                f"'{path}' has the arrays {sorted(given)}, and {network.name} the inputs {names}: "
+                f"give one for each."
+            )
+        arrays = []
+        for name, example in zip(names, inputs, strict=True):
+            array, wanted = given[name], _shape(network, name)
+            fits = array.ndim == example.ndim and all(
+                not w or w == n for w, n in zip(wanted[1:], array.shape[1:], strict=True)
+            )
+            if not fits:
+                shown = [w or "any" for w in wanted[1:]]
+                raise InputError(
+                    f"'{name}' in '{path}' has the shape {list(array.shape)}, and the file takes "
+                    f"rows of {shown}."
+                )
+            arrays.append(torch.from_numpy(array).to(example.dtype))
+        count = len(arrays[0])
+        fixed = _shape(network, names[0])[0]
+        size = fixed or min(BATCH, count)
+        if any(len(array) != count for array in arrays) or count < size:
+            raise InputError(
+                f"The arrays of '{path}' must have the same number of rows, {size} at least, got "
+                f"{[len(array) for array in arrays]}."
+            )
+        if labels is not None and len(labels) != count:
+            raise InputError(f"'{path}' has {count} rows and {len(labels)} labels.")
+        order = np.random.default_rng(seed).permutation(count)
+        drawn = torch.from_numpy(order[: max(1, min(most, count) // size) * size])
+        told = None if labels is None else torch.from_numpy(labels)[drawn].long()
+        return cls(tuple(array[drawn] for array in arrays), told, size, fixed or min(2, count))
+
+    def batch(self) -> tuple[Tensor, ...]:
+        """The first rows, as few as the file takes, to try things on."""
+        return tuple(array[: self.few] for array in self.arrays)
+
+    def batches(self) -> Iterator[tuple[Tensor, ...]]:
+        """All rows."""
+        yield from zip(*(torch.split(array, self.size) for array in self.arrays), strict=True)
+
+    def loss(self, model: nn.Module) -> Tensor:
+        """Mean cross-entropy of the first output."""
+        assert self.labels is not None, "checked by the caller"
+        found = torch.cat([model(*batch)[0] for batch in self.batches()])
+        return cross_entropy(found.flatten(0, -2).float(), self.labels.flatten())
+
+
+def _shape(network: OnnxNetwork, name: str) -> Sequence[int]:
+    (found,) = (each for each in network.inputs if each.name == name)
+    return [dim.dim_value for dim in found.type.tensor_type.shape.dim]
