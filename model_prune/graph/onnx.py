@@ -220,7 +220,8 @@ class OnnxNetwork(nn.Module):
         self._measuring = False
         for i, shape in self.told.items():
             for axis, (one, other) in enumerate(zip(shape, others[i], strict=True)):
-                if one != other and self.dense.pop(f"{i}_{axis}", None):
+                if one != other and f"{i}_{axis}" in self.dense:
+                    del self.dense[f"{i}_{axis}"]
                     delattr(self.sizes, f"{i}_{axis}")
 
     def _marked(self, key: str, x: Tensor, axis: int, value: Tensor | None = None) -> Tensor:
