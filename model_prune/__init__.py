@@ -153,6 +153,16 @@ METHODS = Registry(
             cost="a forward and a backward pass for each of some dozen steps",
         ),
         Method(
+            "spa",
+            "model_prune.methods.spa:SPA",
+            family="units",
+            paper="Structurally prune anything: any architecture, any framework, any time (SPA)",
+            year=2024,
+            arxiv="2403.18955",
+            needs="calibration text, but by magnitude; the whole model and its gradients in memory",
+            cost="a forward and a backward pass over 640 tokens",
+        ),
+        Method(
             "obspa",
             "model_prune.methods.obspa:OBSPA",
             family="units",

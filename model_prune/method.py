@@ -42,6 +42,11 @@ class Method(ABC):
     tokens: ClassVar[int] = 0
     """Tokens of each."""
 
+    @property
+    def reads(self) -> int:
+        """Windows that it takes as it is set."""
+        return self.windows
+
     @abstractmethod
     def recipe(self, decoder: Decoder) -> Recipe:
         """The parts, put together for a model."""
@@ -68,12 +73,12 @@ class Method(ABC):
         decoder = Decoder.of(model, device)
         if isinstance(calibration, Tensor):
             calibration = Calibration(calibration)
-        if self.windows and calibration is None:
+        if self.reads and calibration is None:
             raise InputError(
                 f"{self.name} reads calibration text, and none is given: name a text file with "
                 f"--calibration, or pass windows of token ids, int64 [windows, tokens]."
             )
-        read = calibration if self.windows else None
+        read = calibration if self.reads else None
         if read is not None:
             read.check(decoder.config)
         about: dict[str, Any] = {

@@ -124,7 +124,7 @@ def plan_model(
     work: a folder in which results of layers are kept, so that a stopped run goes on.
     """
     folder = local_folder(model)
-    if method.windows and calibration is not None and not isinstance(calibration, Calibration):
+    if method.reads and calibration is not None and not isinstance(calibration, Calibration):
         from transformers import AutoTokenizer
 
         calibration = Calibration.read(

@@ -17,9 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from model_prune.core.allocate import check_share
-from model_prune.graph.network import Network
-from model_prune.graph.onnx import OnnxNetwork
-from model_prune.methods.spa import (
+from model_prune.graph.importance import (
     Of,
     Reduce,
     by_chance,
@@ -27,10 +25,11 @@ from model_prune.methods.spa import (
     grasp,
     lowest,
     magnitude,
-    noise,
-    obspa,
     snip,
 )
+from model_prune.graph.network import Network
+from model_prune.graph.onnx import OnnxNetwork
+from model_prune.graph.readers import noise, obspa
 from prune_core.errors import InputError, unknown_name
 from prune_core.provenance import provenance
 from prune_core.recipe import parse_recipe
@@ -41,7 +40,7 @@ BATCH = 32
 
 @dataclass(frozen=True, kw_only=True)
 class Spa:
-    """Group importance by a criterion; see `methods.spa`.
+    """Group importance by a criterion; see `graph.importance`.
 
     remove: share of `of` that goes.   rows: of data, that gradients are taken over.
     """
@@ -59,7 +58,7 @@ class Spa:
 
 @dataclass(frozen=True, kw_only=True)
 class Obspa:
-    """The update without training; see `methods.spa.obspa`.   rows: of data or noise."""
+    """The update without training; see `graph.readers.obspa`.   rows: of data or noise."""
 
     remove: float = 0.5
     of: Of = "parameters"

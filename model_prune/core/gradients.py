@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
 from model_prune.core.calibration import Calibration
@@ -42,34 +43,72 @@ def gradients(
 
     Raises InputError where the loss is not finite.
     """
-    weights: dict[str, nn.Parameter] = {
-        f"layers.{i}.{matrix}": layer.get_submodule(matrix).weight
-        for i, layer in enumerate(model.model.layers)
-        for matrix in MATRICES
-    }
+    weights = _matrices(model)
     mean = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}
     square = {name: torch.zeros_like(total) for name, total in mean.items()} if squares else {}
     count, tokens = calibration.windows.shape
     batch = 1 if squares else max(1, BATCH_TOKENS // tokens)
-    device = next(iter(weights.values())).device
-    shown = None if progress else True
     with evaluating(model), _differentiable(model, weights.values()), torch.enable_grad():
-        for windows in tqdm(
-            torch.split(calibration.windows, batch), desc="gradients", unit="batch", disable=shown
-        ):
-            ids = windows.to(device)
-            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-            if not loss.isfinite():
-                raise InputError(
-                    f"The loss on the calibration text is {loss.item()}: look for NaN or infinity "
-                    f"in the model's weights, and load it in float32."
-                )
+        for windows, loss in _losses(model, calibration, batch, progress):
             found = torch.autograd.grad(loss, list(weights.values()))
             for name, gradient in zip(weights, found, strict=True):
-                mean[name] += gradient.float() * (len(windows) / count)
+                mean[name] += gradient.float() * (windows / count)
                 if squares:
                     square[name] += gradient.float().square() / count
     return Gradients(mean, square)
+
+
+def curvature(
+    model: Any, calibration: Calibration, direction: Mapping[str, Tensor], *, progress: bool = True
+) -> dict[str, Tensor]:
+    """The Hessian of the mean loss times a direction, by matrix; all else as of `gradients`."""
+    weights = _matrices(model)
+    product = {
+        name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()
+    }
+    count, tokens = calibration.windows.shape
+    batch = max(1, BATCH_TOKENS // tokens)
+    # Fused attention has no second derivative.
+    with (
+        evaluating(model),
+        _differentiable(model, weights.values()),
+        torch.enable_grad(),
+        sdpa_kernel(SDPBackend.MATH),
+    ):
+        for windows, loss in _losses(model, calibration, batch, progress):
+            slopes = torch.autograd.grad(loss, list(weights.values()), create_graph=True)
+            parts = zip(weights, slopes, strict=True)
+            along = torch.stack([(slope.float() * direction[name]).sum() for name, slope in parts])
+            found = torch.autograd.grad(along.sum(), list(weights.values()))
+            for name, part in zip(weights, found, strict=True):
+                product[name] += part.float() * (windows / count)
+    return product
+
+
+def _matrices(model: Any) -> dict[str, nn.Parameter]:
+    return {
+        f"layers.{i}.{matrix}": layer.get_submodule(matrix).weight
+        for i, layer in enumerate(model.model.layers)
+        for matrix in MATRICES
+    }
+
+
+def _losses(
+    model: Any, calibration: Calibration, batch: int, progress: bool
+) -> Iterator[tuple[int, Tensor]]:
+    """Of every batch of windows: how many they are, and their mean loss."""
+    device, shown = next(model.parameters()).device, None if progress else True
+    for windows in tqdm(
+        torch.split(calibration.windows, batch), desc="gradients", unit="batch", disable=shown
+    ):
+        ids = windows.to(device)
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        if not loss.isfinite():
+            raise InputError(
+                f"The loss on the calibration text is {loss.item()}: look for NaN or infinity in "
+                f"the model's weights, and load it in float32."
+            )
+        yield len(windows), loss
 
 
 def check_memory(decoder: Decoder, *, squares: bool, progress: bool) -> None:

@@ -282,7 +282,8 @@ def _traced(
             if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER) and spec.target in own:
                 tensor = own[spec.target]
                 if id(tensor) not in shared:
-                    shared[id(tensor)] = trace.new(tensor.shape)
+                    numbers = tensor.is_floating_point()  # and no list of positions
+                    shared[id(tensor)] = trace.new(tensor.shape) if numbers else _stays(tensor)
                 values[node] = tensors[spec.target] = shared[id(tensor)]
             else:
                 values[node] = _stays(node.meta.get("val"))

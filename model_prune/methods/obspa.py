@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from model_prune.core.allocate import Kept, Scored, ranked_together
 from model_prune.core.compensate import inverse_factor, rise
 from model_prune.core.decoder import Decoder
 from model_prune.core.statistics import Gram, Statistic
@@ -17,6 +16,7 @@ from model_prune.core.structured import Gathered, Structured
 from model_prune.core.target import UNITS, Dims, Family
 from model_prune.core.units import READER
 from model_prune.method import Units
+from model_prune.methods.spa import by_their_mean
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,7 @@ class OBSPA(Units):
     """Cut the KV groups and neurons whose loss costs their readers least, and refit the readers.
 
     These are the coupled channels that `graph.network` finds in a decoder; of other networks see
-    `spa.obspa`.
+    `graph.readers.obspa`.
     Source: Wang et al., "Structurally prune anything" (2024, arXiv:2403.18955), section 3.3; scores
     are divided by the mean of their layer and kind, section 3.2.
     Defaults: 128 windows of 2,048 tokens, SparseGPT's, as the paper prunes no language models.
@@ -39,7 +39,7 @@ class OBSPA(Units):
     def recipe(self, decoder: Decoder) -> Structured:
         """See Method."""
         scores = Gathered(UNITS, _moments, _score)
-        return Structured(self.remove, scores, _by_mean, "least_squares")
+        return Structured(self.remove, scores, by_their_mean, "least_squares")
 
 
 def _moments(family: Family, layer: Any, dims: Dims) -> dict[str, Statistic]:
@@ -51,12 +51,3 @@ def _score(family: Family, layer: Any, statistics: Mapping[str, Any], dims: Dims
     factor = inverse_factor(statistics["least_squares"].total())
     columns = torch.arange(weight.shape[1], device=weight.device)
     return rise(weight, factor.T @ factor, columns.view(dims.count(family), -1))
-
-
-def _by_mean(table: Sequence[Scored], dims: Sequence[Dims], budget: float) -> Sequence[Kept]:
-    """In one ranking, each layer's units of a kind by their mean."""
-    scaled: list[Scored] = [
-        {family: scores / (scores.mean() or 1) for family, scores in scored.items()}
-        for scored in table
-    ]
-    return ranked_together(scaled, dims, budget)

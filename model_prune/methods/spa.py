@@ -1,369 +1,117 @@
-"""SPA and OBSPA: coupled channels of any network, scored by any criterion, cut at any time."""
+"""SPA on decoders: units whose weights matter least, by any criterion, over all they consist of."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import pad, unfold
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.overrides import TorchFunctionMode
+from torch import Tensor
 
-from model_prune.core.allocate import check_share
-from model_prune.core.compensate import inverse_factor, least_squares, rise
-from model_prune.core.mode import evaluating
-from model_prune.core.statistics import Gram
-from model_prune.graph.network import Family, Kept, Network
-from prune_core.errors import InputError
+from model_prune.core.allocate import Kept, Scored, ranked_together
+from model_prune.core.calibration import Calibration
+from model_prune.core.decoder import Decoder
+from model_prune.core.gradients import check_memory, curvature, gradients
+from model_prune.core.structured import Compensation, Structured, UnitScores
+from model_prune.core.target import UNITS, Dims, Family
+from model_prune.core.units import MEMBERS, by_unit
+from model_prune.core.work import Tensors
+from model_prune.graph.importance import REDUCE, Reduce
+from model_prune.method import Units
 
-Scores = Mapping[str, Tensor]  # of weights, by parameter, in its shape; higher ones are kept
-Table = Mapping[str, Tensor]  # of channels, by family
-Reduce = Literal["sum", "mean", "max", "l2"]
-Of = Literal["parameters", "flops"]
-REDUCE: dict[str, Callable[[Tensor], Tensor]] = {
-    "sum": lambda x: x.sum(1),
-    "mean": lambda x: x.mean(1),
-    "max": lambda x: x.amax(1),
-    "l2": lambda x: x.square().sum(1).sqrt(),
-}
+Criterion = Literal["snip", "grasp", "magnitude"]
 
 
-# ------------------------------------------------------------------------------ criteria
-def magnitude(model: nn.Module) -> dict[str, Tensor]:
-    """|w| of every parameter."""
-    return {name: weight.detach().abs() for name, weight in model.named_parameters()}
+@dataclass(frozen=True, kw_only=True)
+class SPA(Units):
+    """Cut the KV groups and neurons of lowest importance, over all the weights that they hold.
 
+    These are the coupled channels that `graph.network` finds in a decoder; of other networks see
+    `graph.importance`.
+    Source: Wang et al., "Structurally prune anything" (2024, arXiv:2403.18955), section 3.2;
+    scores are divided by the mean of their layer and kind.
+    Defaults: 10 windows of 64 tokens, LLM-Pruner's, as the paper prunes no language models.
+    Differs: biases of q, k and v play no part.
+    Cost: a forward and a backward pass over 640 tokens, with GraSP two more; the whole model and
+    its gradients in memory. By magnitude none but reading the weights.
 
-def snip(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> dict[str, Tensor]:
-    """|w · ∂loss/∂w|: how much the loss would change, to first order.
-
-    Source: Lee et al., "SNIP" (2018, arXiv:1810.02340), equation 4; before training or after.
-    """
-    weights = dict(model.named_parameters())
-    found = torch.autograd.grad(loss(model), list(weights.values()), allow_unused=True)
-    return {
-        name: torch.zeros_like(weight) if slope is None else (weight * slope).detach().abs()
-        for (name, weight), slope in zip(weights.items(), found, strict=True)
-    }
-
-
-def grasp(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> dict[str, Tensor]:
-    """w · (H g): weights without which the gradient would grow are the first to go.
-
-    Source: Wang et al., "Picking winning tickets before training by preserving gradient flow"
-    (GraSP, 2020, arXiv:2002.07376), equation 8, whose score this is with the sign turned, as here
-    higher ones are kept.
-    """
-    weights = dict(model.named_parameters())
-    slopes = torch.autograd.grad(
-        loss(model), list(weights.values()), create_graph=True, allow_unused=True
-    )
-    norm = torch.stack([slope.square().sum() for slope in slopes if slope is not None]).sum() / 2
-    found = torch.autograd.grad(norm, list(weights.values()), allow_unused=True)
-    return {
-        name: torch.zeros_like(weight) if product is None else (weight * product).detach()
-        for (name, weight), product in zip(weights.items(), found, strict=True)
-    }
-
-
-def by_chance(model: nn.Module, seed: int = 0) -> dict[str, Tensor]:
-    """Of every weight a number drawn uniformly: the baseline of all others."""
-    draw = torch.Generator().manual_seed(seed)
-    return {
-        name: torch.rand(weight.shape, generator=draw) for name, weight in model.named_parameters()
-    }
-
-
-def by_channel(network: Network, scores: Scores, reduce: Reduce = "sum") -> dict[str, Tensor]:
-    """Importance of every channel: over all weights of all its parameters, float64 [channels].
-
-    Source: Wang et al., "Structurally prune anything" (2024, arXiv:2403.18955), section 3.2.
-    """
-    table = {}
-    for family in network.families:
-        parts = []
-        for (name, dim), positions in family.members.items():
-            if name in scores:
-                rows = scores[name].movedim(dim, 0).double().cpu()
-                parts.append(rows.reshape(len(rows), -1)[positions].flatten(1))
-        table[family.name] = REDUCE[reduce](torch.cat(parts, 1))
-    return table
-
-
-# ------------------------------------------------------------------------------ how much
-def lowest(
-    network: Network, table: Table, remove: float, of: Of = "parameters", *, normalise: bool = True
-) -> dict[str, Tensor]:
-    """The channels that stay when those of lowest importance go, over the whole network.
-
-    table: of the families that may be cut.
-    remove: share of the network's parameters, or of the operations of a forward pass (those of
-    products, as torch counts them), met with the first channel that does.
-    normalise: divide the importance of each family by its mean, so that families can be compared.
-    The best channel of each family stays.
-
-    Raises InputError for a share out of [0, 1), and for more than there is to cut.
-    """
-    check_share("remove", remove)
-    names = list(table)
-    values = [np.asarray(table[name], dtype=np.float64).copy() for name in names]
-    for value in values:
-        if normalise and value.mean() != 0:
-            value /= abs(value.mean())
-        value[value.argmax()] = np.inf
-    flat = np.concatenate(values) if values else np.zeros(0)
-    order, ends = np.argsort(flat, kind="stable"), np.cumsum([len(v) for v in values])[:-1]
-    target = (1 - remove) * network.size({}, of)
-
-    def without(count: int) -> dict[str, Tensor]:
-        stays = np.ones(len(flat), dtype=bool)
-        stays[order[:count]] = False
-        parts = np.split(stays, ends) if names else []
-        return {
-            name: torch.from_numpy(np.flatnonzero(part))
-            for name, part in zip(names, parts, strict=True)
-            if not part.all()
-        }
-
-    low, high = 0, int(np.isfinite(flat).sum())
-    if network.size(without(high), of) > target:
-        raise InputError(
-            f"Without all channels that may go there would still be more than 1 - {remove:g} of "
-            f"the {of}: remove less, or see what is stuck, {network.stuck or 'nothing'}, and which "
-            f"operators are unknown, {network.unknown or 'none'}."
-        )
-    while low < high:  # the fewest that are enough
-        middle = (low + high) // 2
-        low, high = (
-            (low, middle) if network.size(without(middle), of) <= target else (middle + 1, high)
-        )
-    return without(low)
-
-
-# ------------------------------------------------------------------------------ OBSPA
-@dataclass(frozen=True, eq=False)
-class Readers:
-    """The weights that read channels, and the second moments of what they read.
-
-    Those of linear layers and products, convolutions without groups, and recurrent cells.
-    weights: by parameter, as [out, columns].   grams: of its inputs, [columns, columns].
-    dims: the dimension of the parameter that reads.   each: columns of a position in it.
+    criterion: "snip" |w·g|, "grasp" w·(H g), "magnitude" |w|; see `graph.importance`.
+    reduce: how the scores of a unit's weights become one.
     """
 
-    weights: dict[str, Tensor]
-    grams: dict[str, Tensor]
-    dims: dict[str, int]
-    each: dict[str, int]
+    name = "spa"
+    windows = 10
+    tokens = 64
+    criterion: Criterion = "snip"
+    reduce: Reduce = "sum"
+    compensation: Compensation = "none"
 
-    @classmethod
-    def of(cls, network: Network, inputs: Iterable[Any]) -> Readers:
-        """Gather them over batches of inputs, each the arguments of the network's forward."""
-        parameters = dict(network.model.named_parameters(remove_duplicate=False))
-        members = (member for family in network.families for member in family.members)
-        watch = _Watch({(id(parameters[n]), dim): n for n, dim in members if n in parameters})
-        with torch.no_grad(), evaluating(network.model), watch:
-            for batch in inputs:
-                network.model(*batch if isinstance(batch, list | tuple) else (batch,))
-        moved = {
-            name: parameters[name].detach().float().movedim(dim, 1)
-            for name, dim in watch.dims.items()
-        }
-        return cls(
-            {name: weight.flatten(1) for name, weight in moved.items()},
-            {name: watch.grams[name].total() for name in moved},
-            dict(watch.dims),
-            {name: weight[0, 0].numel() for name, weight in moved.items()},
-        )
+    @property
+    def reads(self) -> int:
+        """See Method."""
+        by_weights = self.criterion == "magnitude" and self.compensation == "none"
+        return 0 if by_weights else self.windows
 
-    def columns(self, name: str, positions: Tensor) -> Tensor:
-        """Of positions [...]: [..., columns of all]."""
-        inner = torch.arange(self.each[name])
-        return (positions[..., None] * self.each[name] + inner).flatten(-2)
-
-    def costs(self, family: Family) -> Tensor | None:
-        """What the error of all readers rises by without a channel, float64 [channels].
-
-        None where nothing that reads it is known here. Source: as of `obspa`.
-        """
-        total: Tensor | None = None
-        for (name, dim), positions in family.members.items():
-            if self.dims.get(name) == dim:
-                factor = inverse_factor(self.grams[name])
-                columns = self.columns(name, positions)
-                cost = rise(self.weights[name], factor.T @ factor, columns).double()
-                total = cost if total is None else total + cost
-        return total
-
-    def refitted(self, network: Network, kept: Kept) -> dict[str, Tensor]:
-        """Weights that make up for channels that go, by parameter; their columns are zero."""
-        new = {}
-        for (name, dim), gone in network.gone(kept).items():
-            if self.dims.get(name) == dim:
-                weight, shape = self.weights[name], network.model.get_parameter(name).shape
-                stays = torch.ones(weight.shape[1], dtype=torch.bool)
-                stays[self.columns(name, gone)] = False
-                fitted = least_squares(weight, self.grams[name], stays.nonzero().flatten())
-                moved = (*shape[dim : dim + 1], *shape[2:])
-                new[name] = fitted.view(len(weight), *moved).movedim(1, dim)
-        return new
+    def recipe(self, decoder: Decoder) -> Structured:
+        """See Method."""
+        scores = Importance(self.criterion, self.reduce)
+        return Structured(self.remove, scores, by_their_mean, self.compensation)
 
 
-class _Watch(TorchFunctionMode):
-    """Second moments of what weights of interest are multiplied with, whoever calls the product."""
+@dataclass(frozen=True)
+class Importance(UnitScores):
+    """Importance of whole units: see `SPA`. A source of scores for `Structured`."""
 
-    def __init__(self, names: Mapping[tuple[int, int], str]) -> None:
-        super().__init__()
-        self.names = names
-        self.dims: dict[str, int] = {}
-        self.grams: dict[str, Gram] = {}
+    criterion: Criterion
+    reduce: Reduce
+    families: tuple[Family, ...] = UNITS
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        reads = READS.get(getattr(func, "__name__", ""))
-        for weight, dim, rows in reads(result, *args, **(kwargs or {})) if reads else ():
-            name = self.names.get((id(weight), dim))
-            if name is not None and self.dims.setdefault(name, dim) == dim:
-                self.grams.setdefault(name, Gram()).update(rows())
-        return result
-
-
-Read = tuple[Tensor, int, Callable[[], Tensor]]  # a weight, the dimension that reads, and what
-
-
-def _of_linear(_: Any, x: Tensor, weight: Tensor, *__: Any, **___: Any) -> Iterator[Read]:
-    yield weight, 1, lambda: x.flatten(0, -2).float()
-
-
-def _of_product(_: Any, x: Tensor, weight: Tensor, **__: Any) -> Iterator[Read]:
-    if isinstance(weight, Tensor) and weight.ndim == 2:
-        yield weight, 0, lambda: x.flatten(0, -2).float()
-
-
-def _of_convolution(
-    _: Any,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
-) -> Iterator[Read]:
-    dims = weight.ndim - 2
-    if groups > 1 or dims > 2:
-        return
-
-    def rows() -> Tensor:
-        """Patches, [positions of the output, columns]; a sequence is an image of one row."""
-        steps, apart = (_each(value, dims) for value in (stride, dilation))
-        size = tuple(weight.shape[2:])
-        if isinstance(padding, str):
-            whole = [
-                a * (k - 1) if padding == "same" else 0 for a, k in zip(apart, size, strict=True)
+    def table(
+        self,
+        decoder: Decoder,
+        calibration: Calibration | None,
+        solved: Sequence[Tensors],
+        progress: bool,
+    ) -> Sequence[Tensors]:
+        """See UnitScores."""
+        if self.criterion == "magnitude":
+            return [
+                self._of_layer(i, decoder.state(i), {}, dims) for i, dims in enumerate(decoder.dims)
             ]
-            around = [n for w in reversed(whole) for n in (w // 2, w - w // 2)]
-        else:
-            around = [n for w in reversed(_each(padding, dims)) for n in (w, w)]
-        padded = pad(x.float(), around)
-        if dims == 1:
-            padded, size, steps, apart = padded[:, :, None], (1, *size), (1, *steps), (1, *apart)
-        patches = unfold(padded, size, apart, stride=steps)
-        return patches.transpose(1, 2).flatten(0, 1)
+        assert calibration is not None, "checked by the caller"
+        second = self.criterion == "grasp"
+        check_memory(decoder, squares=second, progress=progress)
+        model: Any = decoder.whole()
+        found = gradients(model, calibration, progress=progress).mean
+        if second:
+            found = curvature(model, calibration, found, progress=progress)
+        layers = enumerate(zip(model.model.layers, decoder.dims, strict=True))
+        return [
+            self._of_layer(i, dict(layer.named_parameters()), found, dims)
+            for i, (layer, dims) in layers
+        ]
 
-    yield weight, 1, rows
-
-
-def _each(value: int | Sequence[int], dims: int) -> tuple[int, ...]:
-    values = (value,) if isinstance(value, int) else tuple(value)
-    return values * dims if len(values) == 1 else values
-
-
-def _of_cell(
-    _: Any, x: Tensor, state: Any, weight_ih: Tensor, weight_hh: Tensor, *__: Any, **___: Any
-) -> Iterator[Read]:
-    before = state[0] if isinstance(state, list | tuple) else state
-    yield weight_ih, 1, lambda: x.float()
-    yield weight_hh, 1, lambda: before.float()
-
-
-def _of_sequence(
-    result: Any, x: Tensor, state: Any, weights: Any, *settings: Any, **_: Any
-) -> Iterator[Read]:
-    """Of several layers or directions only what the first reads is seen from outside."""
-    if not isinstance(weights, list | tuple):
-        return  # a sequence that is packed
-    _, layers, _, _, bidirectional, batch_first = settings
-    yield weights[0], 1, lambda: x.flatten(0, -2).float()
-    if layers == 1 and not bidirectional:
-        first = state[0] if isinstance(state, list | tuple) else state
-        after = result[0].transpose(0, 1) if batch_first else result[0]
-        yield weights[1], 1, lambda: torch.cat([first, after[:-1]]).flatten(0, -2).float()
+    def _of_layer(
+        self, i: int, state: Mapping[str, Tensor], slopes: Mapping[str, Tensor], dims: Dims
+    ) -> Tensors:
+        scores: Tensors = {}
+        for family in self.families:
+            parts = []
+            for matrix in MEMBERS[family]:
+                weight = state[f"{matrix}.weight"].detach().float()
+                if slopes:
+                    weight = weight * slopes[f"layers.{i}.{matrix}"]
+                each = weight if self.criterion == "grasp" else weight.abs()
+                parts.append(by_unit(family, matrix, dims, each))
+            scores[family] = REDUCE[self.reduce](torch.cat(parts, 1)).cpu()
+        return scores
 
 
-READS: dict[str, Callable[..., Iterator[Read]]] = {
-    "linear": _of_linear,
-    "matmul": _of_product,
-    "addmm": lambda result, bias, x, weight, **_: _of_product(result, x, weight),
-    **dict.fromkeys(("conv1d", "conv2d"), _of_convolution),
-    **dict.fromkeys(("gru_cell", "lstm_cell", "rnn_tanh_cell", "rnn_relu_cell"), _of_cell),
-    **dict.fromkeys(("gru", "lstm", "rnn_tanh", "rnn_relu"), _of_sequence),
-}
-
-
-def obspa(
-    network: Network, inputs: Iterable[Any], remove: float, of: Of = "parameters"
-) -> tuple[dict[str, Tensor], nn.Module]:
-    """Cut a trained network without training: what stays is refitted to what the whole layer gave.
-
-    inputs: batches for its forward: of data like that it was trained on, of other data, or `noise`.
-    Source: Wang et al., "Structurally prune anything" (OBSPA, 2024, arXiv:2403.18955), section 3.3.
-    Differs: columns that stay are refitted at once, which is where one update after another ends.
-
-    Returns the channels that stay, by family, and the smaller network. Raises InputError as
-    `lowest`.
-    """
-    readers = Readers.of(network, inputs)
-    costs = {family.name: readers.costs(family) for family in network.families}
-    table = {name: cost for name, cost in costs.items() if cost is not None}
-    kept = lowest(network, table, remove, of)
-    return kept, network.cut(kept, readers.refitted(network, kept))
-
-
-def noise(example: Sequence[Tensor], rows: int, batch: int = 32, seed: int = 0) -> Iterator[Any]:
-    """Batches of as many rows of noise from N(0, 1), shaped like an example: for no data at all.
-
-    Raises InputError for inputs that are whole numbers, of which noise would say nothing.
-    """
-    if not all(x.is_floating_point() for x in example):
-        raise InputError(
-            "Noise stands in for data where all inputs are of floating point; these have whole "
-            "numbers, such as tokens: give some data."
-        )
-    draw = torch.Generator().manual_seed(seed)
-    for start in range(0, rows, batch):
-        count = min(batch, rows - start)
-        yield tuple(torch.randn(count, *x.shape[1:], generator=draw).to(x) for x in example)
-
-
-@torch.no_grad()
-def settle(model: nn.Module, inputs: Iterable[Any]) -> nn.Module:
-    """Give a cut network's batch norms the statistics of what they see now; no weight is changed.
-
-    inputs: batches for its forward. Returns the model.
-    """
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
-    before = [(norm, norm.momentum) for norm in norms]
-    with evaluating(model):
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None  # an average over all batches
-            norm.train()
-        for batch in inputs:
-            model(*batch if isinstance(batch, list | tuple) else (batch,))
-    for norm, momentum in before:
-        norm.momentum = momentum
-    return model
+def by_their_mean(table: Sequence[Scored], dims: Sequence[Dims], budget: float) -> Sequence[Kept]:
+    """In one ranking, each layer's units of a kind by their mean."""
+    scaled: list[Scored] = [
+        {family: scores / (abs(scores.mean()) or 1) for family, scores in scored.items()}
+        for scored in table
+    ]
+    return ranked_together(scaled, dims, budget)

@@ -26,7 +26,7 @@ from tiny_decoders import FAMILIES, LAYERS, dims_of, random_windows, roomy_decod
 
 WINDOWS, IDS = random_windows(), random_windows(2, 20, seed=1)
 # Whose units are ranked at their cost, so that a KV group may be what is missing or too much.
-RANKED = ("flap", "obspa")
+RANKED = ("flap", "obspa", "spa")
 # Of methods that search or learn for long: as few steps as show what is promised here.
 QUICK = {
     "icbs": {"steps": 2, "block": 32},
@@ -429,7 +429,7 @@ def test_a_plan_says_all_in_json(case):
     assert {key: said["settings"][key] for key in settings} == settings
     assert load_method(name, **said["settings"]) == made(name, settings)
     assert said["model"]["type"] == family
-    assert bool(said["calibration"]) == bool(METHODS.get(name).windows)
+    assert bool(said["calibration"]) == bool(made(name, settings).reads)
     for i, layer in enumerate(said["layers"]):
         own = plan.layers[i]
         assert layer["zeros"] == {m: int((~mask).sum()) for m, mask in own.masks.items()}

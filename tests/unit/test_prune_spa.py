@@ -9,17 +9,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from model_prune.core.calibration import Calibration
+from model_prune.core.decoder import Decoder
+from model_prune.graph.importance import by_channel, grasp, lowest, magnitude, snip
 from model_prune.graph.network import Network
-from model_prune.methods.spa import (
-    Readers,
-    by_channel,
-    grasp,
-    lowest,
-    magnitude,
-    obspa,
-    snip,
-)
+from model_prune.graph.readers import Readers, noise, obspa, settle
+from model_prune.methods.spa import SPA, Importance
 from prune_core.errors import InputError
+from tiny_decoders import random_windows
+from tiny_networks import cacheless
 
 
 def convolutional(seed=0):
@@ -255,3 +253,136 @@ def test_noise_will_do_for_data():
     _, model = obspa(network, [torch.rand(64, 3, 8, 8)], 0.4)
     assert sum(p.numel() for p in model.parameters()) <= 0.6 * network.size({})
     assert model(images()).isfinite().all()
+
+
+# ------------------------------------------------------------------ other readers
+def test_products_of_every_form_are_read():
+    class Forms(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.cell = nn.Linear(6, 8), nn.GRUCell(8, 7)
+            self.matrix = nn.Parameter(torch.randn(7, 5))
+            self.line, self.head = nn.Conv1d(5, 9, 3, padding="same"), nn.Linear(9, 3)
+
+        def forward(self, x):
+            x, state, states = torch.relu(self.first(x)), None, []
+            for step in x.unbind(1):
+                state = self.cell(step, state)
+                states.append(state)
+            x = torch.stack(states, 1) @ self.matrix
+            return self.head(self.line(x.transpose(1, 2)).relu().amax(2))
+
+    torch.manual_seed(0)
+    model, x = Forms().eval(), torch.randn(32, 5, 6)
+    network = Network(model, x[:2])
+    readers = Readers.of(network, [x])
+    assert set(readers.grams) == {
+        *("cell.weight_ih", "cell.weight_hh", "matrix", "line.weight", "head.weight"),
+    }
+    with torch.no_grad():
+        inner, state, before, after = torch.relu(model.first(x)), torch.zeros(32, 7), [], []
+        for step in inner.unbind(1):
+            before.append(state)
+            state = model.cell(step, state)
+            after.append(state)
+        before, after = torch.cat(before), torch.stack(after, 1)
+        product = F.pad((after @ model.matrix).transpose(1, 2), (1, 1))
+        line = product.unfold(2, 3, 1).permute(0, 2, 1, 3).reshape(-1, 15)
+    for name, rows in {
+        "cell.weight_ih": inner.flatten(0, 1),
+        "cell.weight_hh": before,
+        "matrix": after.flatten(0, 1),
+        "line.weight": line,
+    }.items():
+        torch.testing.assert_close(readers.grams[name], rows.T @ rows, rtol=1e-4, atol=1e-3)
+    kept, cut = obspa(network, [x], 0.4)
+    with torch.no_grad():
+        dense, plain = model(x), network.cut(kept)(x)
+        assert (cut(x) - dense).square().mean() < 0.5 * (plain - dense).square().mean()
+
+
+def test_a_whole_sequence_is_read_as_its_cell_is():
+    torch.manual_seed(0)
+    x = torch.randn(16, 5, 6)
+
+    class Sequence(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cell, self.head = nn.LSTM(6, 8, batch_first=True), nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.head(self.cell(x)[0])
+
+    model = Sequence().eval()
+    readers = Readers.of(Network(model, x[:2]), [x])
+    with torch.no_grad():
+        states = model.cell(x)[0]
+    before = F.pad(states, (0, 0, 1, 0))[:, :-1].flatten(0, 1)
+    torch.testing.assert_close(
+        readers.grams["cell.weight_hh_l0"], before.T @ before, rtol=1e-4, atol=1e-4
+    )
+
+
+def test_noise_is_shaped_like_the_example_and_refused_for_tokens():
+    batches = list(noise((torch.zeros(1, 3, 4), torch.zeros(1, 2)), 70, 32))
+    assert [tuple(x.shape for x in batch) for batch in batches] == [
+        ((n, 3, 4), (n, 2)) for n in (32, 32, 6)
+    ]
+    with pytest.raises(InputError, match="such as tokens"):
+        next(noise((torch.zeros(1, 3, dtype=torch.int64),), 4))
+
+
+def test_settled_norms_are_those_of_what_is_seen():
+    model, x = convolutional().eval(), images(40)
+    with torch.no_grad():
+        seen = model[0](x)
+    before = copy.deepcopy(model.state_dict())
+    assert settle(model, [x[:20], x[20:]]) is model
+    assert not any(module.training for module in model.modules())
+    torch.testing.assert_close(model[1].running_mean, seen.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model[1].running_var, seen.var((0, 2, 3)), rtol=0.05, atol=1e-3)
+    assert model[1].momentum == 0.1
+    same = {n: torch.equal(t, before[n]) for n, t in model.state_dict().items()}
+    assert {n for n, equal in same.items() if not equal} == {
+        f"1.{n}" for n in ("running_mean", "running_var", "num_batches_tracked")
+    }
+
+
+# ------------------------------------------------------------------ on decoders
+@pytest.mark.parametrize("criterion", ["magnitude", "snip", "grasp"])
+@pytest.mark.parametrize("reduce", ["sum", "max"])
+def test_a_decoders_units_score_what_its_channels_do(criterion, reduce):
+    """By two ways: units that are declared, and channels that are found in the graph."""
+    model = cacheless("llama")
+    windows = random_windows(4, 12)
+
+    def mean_loss(model):
+        return model(input_ids=windows, labels=windows, use_cache=False).loss
+
+    for name, parameter in model.named_parameters():  # units' criteria go by matrices alone
+        parameter.requires_grad_(name.endswith("proj.weight"))
+    network = Network(model, windows[:2])
+    scores = {
+        "magnitude": lambda: magnitude(model),
+        "snip": lambda: snip(model, mean_loss),
+        "grasp": lambda: grasp(model, mean_loss),
+    }[criterion]()
+    by_graph = by_channel(network, scores, reduce)
+    decoder = Decoder.of(model)
+    table = Importance(criterion, reduce).table(decoder, Calibration(windows), [], False)
+    assert sum(len(scored) for scored in table) == len(network.families)
+    for i, scored in enumerate(table):
+        for family, matrix in (("kv_group", "self_attn.q_proj"), ("neuron", "mlp.gate_proj")):
+            member = (f"model.layers.{i}.{matrix}.weight", 0)
+            (found,) = (f for f in network.families if member in f.members)
+            expected = by_graph[found.name].float()
+            scale = float(expected.abs().max())
+            torch.testing.assert_close(scored[family], expected, rtol=1e-3, atol=1e-4 * scale)
+
+
+def test_by_magnitude_no_text_is_read():
+    model = cacheless("llama")
+    plan = SPA(remove=0.3, criterion="magnitude").plan(model, progress=False)
+    assert plan.calibration is None
+    with pytest.raises(InputError, match="spa reads calibration text"):
+        SPA(remove=0.3).plan(model, progress=False)
