@@ -630,6 +630,80 @@ def prune_memory() -> str:
     return table(["3.2 billion weights", "peak, GiB", "libraries", "seconds"], rows)
 
 
+KINDS = ("ResNet", "MobileNet", "ViT", "BERT", "GRU cell")
+
+
+def over_seeds(rows: Iterable[dict[str, float]], figure: str) -> str:
+    """Mean and standard deviation, in per cent."""
+    values = [100 * row[figure] for row in rows]
+    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
+
+
+def anything_dense() -> list[str]:
+    networks = results("anything", "model")["networks"]
+    return [over_seeds(networks[kind].values(), "dense") for kind in KINDS]
+
+
+def anything_after(share: float) -> str:
+    networks = results("anything", "model")["networks"]
+    own = {kind: [seed["after"] for seed in networks[kind].values()] for kind in KINDS}
+    names = [key for key in own["ResNet"][0] if key.startswith(f"{share}: ")]
+    head, rows = [f"{share:.0%} of FLOPs removed"], [["dense"]]
+    for kind, dense in zip(KINDS, anything_dense(), strict=True):
+        normed = "settled" in own[kind][0][names[0]]
+        head += [kind, "settled"] if normed else [kind]
+        rows[0] += [dense, ""] if normed else [dense]
+    for name in names:
+        row = [name.partition(": ")[2]]
+        for kind in KINDS:
+            found = [seed[name] for seed in own[kind]]
+            row += [over_seeds(found, f) for f in ("accuracy", "settled") if f in found[0]]
+        rows.append(row)
+    return table(head, rows)
+
+
+def anything_trained() -> str:
+    networks = results("anything", "model")["networks"]
+    rows = [["dense", *anything_dense()]]
+    for kind, said in (("before", "cut, then trained"), ("tuned", "cut, then trained on")):
+        own = {one: [seed[kind] for seed in networks[one].values()] for one in KINDS}
+        rows += [
+            [
+                f"{said}: {key.partition(': ')[2]}",
+                *(over_seeds([seed[key] for seed in own[one]], "accuracy") for one in KINDS),
+            ]
+            for key in own["ResNet"][0]
+        ]
+    return table(["70% of FLOPs removed", *KINDS], rows)
+
+
+def anything_cost() -> str:
+    cost, gib = results("anything", "model")["cost"], 2**30
+    seconds, memory = cost["seconds"], cost["memory"]
+    rows = [
+        ["seconds to find and try all channels", f"{seconds['trace']:.0f}"],
+        ["to choose by magnitude", f"{seconds['magnitude']:.0f}"],
+        [f"to choose and refit by OBSPA, {cost['images']} images", f"{seconds['obspa']:.0f}"],
+        ["GiB of memory with network and images", f"{memory['before'] / gib:.2f}"],
+        ["GiB at the peak", f"{memory['peak'] / gib:.2f}"],
+    ]
+    name = f"ResNet-50, {cost['weights'] / 1e6:.1f} million weights, {cost['families']} families"
+    return table([name, "1 thread"], rows)
+
+
+def anything_decoder() -> str:
+    rows = results("anything", "model")["decoder"]
+    shown = [
+        [
+            name,
+            f"{row['perplexity']:.1f}" if row["perplexity"] < 1000 else f"{row['perplexity']:.1e}",
+            f"{row['seconds']:.0f}" if "seconds" in row else "",
+        ]
+        for name, row in rows.items()
+    ]
+    return table(["a fifth of the layers' weights cut", "WikiText-2", "seconds"], shown)
+
+
 def install() -> str:
     rows = [
         [f"`{r['what']}`", str(r["packages"]), str(r["megabytes"]), str(r["seconds"]), r["torch"]]
@@ -657,6 +731,12 @@ def methods() -> str:
 
 
 TABLES = {
+    "anything_30": lambda: anything_after(0.3),
+    "anything_50": lambda: anything_after(0.5),
+    "anything_70": lambda: anything_after(0.7),
+    "anything_cost": anything_cost,
+    "anything_decoder": anything_decoder,
+    "anything_trained": anything_trained,
     "demo": demo,
     "quality": quality,
     "quality-full": quality_full,

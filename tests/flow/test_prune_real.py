@@ -95,6 +95,8 @@ def test_a_searched_allocation_beats_a_uniform_one_by_the_same_pruner(pruned):
         ("obspa", {}),
         ("prunenet", {"episodes": 5}),
         ("llm_pruner", {}),
+        ("spa", {}),
+        ("obspa", {}),
         # A step in five, so that the test ends.
         ("adapt_pruner", {"steps": 10}),
     ],
@@ -104,6 +106,12 @@ def test_informed_cuts_cost_less_than_random_ones(name, settings, pruned):
     random = np.median([pruned("random", remove=0.2, seed=seed)[0] for seed in range(3)])
     assert left == pytest.approx(0.8, abs=0.003)
     assert found < 0.5 * random
+
+
+def test_obspa_costs_less_than_magnitude_and_than_spa(pruned):
+    found = {name: pruned(name, remove=0.2)[0] for name in ("obspa", "spa", "magnitude")}
+    assert found["obspa"] < 0.9 * found["spa"]
+    assert found["obspa"] < 0.1 * found["magnitude"]
 
 
 def test_what_stays_can_make_up_for_what_goes(pruned):

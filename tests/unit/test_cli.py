@@ -13,12 +13,14 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 from transformers import AutoConfig
 
@@ -690,3 +692,60 @@ def test_a_model_that_cannot_be_pruned(
 
 def test_nothing_to_measure_on(run: Run, toy: Any) -> None:
     assert "--text FILE, or --task NAME" in failed(run("model-eval", toy[0]))
+
+
+# ------------------------------------------------------------------ an ONNX file
+@pytest.fixture
+def onnx_file(tmp_path: Path) -> Path:
+    pytest.importorskip("onnx")
+    import torch
+    from torch import nn
+
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3)).eval()
+    path = tmp_path / "net.onnx"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            network,
+            (torch.randn(2, 6),),
+            str(path),
+            dynamo=False,
+            input_names=["x"],
+            dynamic_axes={"x": {0: "batch"}},
+        )
+    return path
+
+
+def test_an_onnx_file_is_pruned_into_another(run: Run, onnx_file: Path, tmp_path: Path) -> None:
+    out, page, data = tmp_path / "small.onnx", tmp_path / "page.html", tmp_path / "data.npz"
+    np.savez(data, x=np.random.default_rng(0).normal(size=(40, 6)), labels=np.arange(40) % 3)
+    looked = run("model", onnx_file, "--method", "spa", "--remove", "0.5", "--dry-run")
+    assert looked.code == 0
+    assert "7 of 16 channels" in looked.out
+    assert not out.exists()
+    read = ["--calibration", data, "--out", out]
+    for options in (
+        ["--method", "obspa", "--remove", "0.5", "--html", page],
+        ["--method", "spa", "--remove", "0.5", "--set", "criterion=snip", "--overwrite"],
+    ):
+        ran = run("model", onnx_file, *options, *read)
+        assert (ran.code, ran.err) == (0, "")
+        assert "parameters: 163 -> 73" in ran.out
+    assert json.loads(out.with_suffix(".json").read_text())["parameters"] == [163, 73]
+    assert "7" in page.read_text()
+    assert out.stat().st_size < onnx_file.stat().st_size
+
+
+def test_what_an_onnx_file_does_not_take_is_said(run: Run, onnx_file: Path, tmp_path: Path) -> None:
+    base = ["model", onnx_file, "--out", tmp_path / "small.onnx"]
+    for options, words in (
+        (["--method", "wanda"], "Unknown method of ONNX files 'wanda'. Known: obspa, spa."),
+        (["--method", "spa", "--sparsity", "0.5"], "Unknown key 'sparsity'."),
+        (["--method", "spa", "--windows", "3"], "An ONNX file takes no --windows."),
+        (["--plan", "plan.json"], "An ONNX file takes no --plan."),
+        (["--method", "spa", "--set", "criterion=grasp"], "give a .npz file with the inputs"),
+        (["--method", "obspa", "--calibration", "absent.npz"], "Cannot read 'absent.npz'"),
+    ):
+        assert words in failed(run(*base, *options))
+    assert not (tmp_path / "small.onnx").exists()
