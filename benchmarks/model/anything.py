@@ -393,23 +393,26 @@ def decoder(folder: Path, text: Path, test: Path) -> dict[str, Any]:
     from model_prune.evaluate import perplexity
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    windows = Calibration.read([text], tokenizer, windows=32, tokens=512)
+    sizes = {"obspa": (16, 512), "spa": (10, 64)}
+    read = {
+        name: Calibration.read([text], tokenizer, windows=count, tokens=tokens)
+        for name, (count, tokens) in sizes.items()
+    }
 
     def load() -> Any:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
     def measured(model: Any) -> float:
-        found = perplexity(model, tokenizer, read_text(test), max_windows=40, progress=False)
+        found = perplexity(model, tokenizer, read_text(test), max_windows=12, progress=False)
         return float(found.value)
 
     rows = {"dense": {"perplexity": measured(load())}}
-    jobs = {f"random, seed {seed}": ("random", {"seed": seed}) for seed in SEEDS}
-    jobs |= {"magnitude": ("magnitude", {}), "obspa": ("obspa", {})}
+    jobs: dict[str, Any] = {name: (name, {}) for name in ("random", "magnitude", "obspa")}
     jobs |= {f"spa, {one}": ("spa", {"criterion": one}) for one in ("magnitude", "snip", "grasp")}
     for name, (method, own) in tqdm(jobs.items(), desc="decoder"):
         started = time.perf_counter()
         chosen = load_method(method, remove=0.2, **own)
-        plan = chosen.plan(folder, windows, device="cpu", progress=False)
+        plan = chosen.plan(folder, read.get(method), device="cpu", progress=False)
         seconds = time.perf_counter() - started
         rows[name] = {"perplexity": measured(plan.apply(load())), "seconds": seconds}
     return rows

@@ -111,7 +111,7 @@ def lowest(
     table: of the families that may be cut.
     remove: share of the network's parameters, or of the operations of a forward pass (those of
     products, as torch counts them), met with the first channel that does.
-    normalise: divide the importance of each family by its mean, so that families can be compared.
+    normalise: divide the importance of each family by its mean size, so that families compare.
     The best channel of each family stays.
 
     Raises InputError for a share out of [0, 1), and for more than there is to cut.
@@ -120,8 +120,8 @@ def lowest(
     names = list(table)
     values = [np.asarray(table[name], dtype=np.float64).copy() for name in names]
     for value in values:
-        if normalise and value.mean() != 0:
-            value /= abs(value.mean())
+        if normalise and value.any():
+            value /= np.abs(value).mean()  # of a score with signs the mean may be next to nothing
         value[value.argmax()] = np.inf
     flat = np.concatenate(values) if values else np.zeros(0)
     order, ends = np.argsort(flat, kind="stable"), np.cumsum([len(v) for v in values])[:-1]

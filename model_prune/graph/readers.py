@@ -72,7 +72,7 @@ class Readers:
             if self.dims.get(name) == dim:
                 factor = inverse_factor(self.grams[name])
                 columns = self.columns(name, positions)
-                cost = rise(self.weights[name], factor.T @ factor, columns).double()
+                cost = rise(self.weights[name], factor.T @ factor, columns).double().cpu()
                 total = cost if total is None else total + cost
         return total
 

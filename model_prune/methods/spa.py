@@ -109,9 +109,9 @@ class Importance(UnitScores):
 
 
 def by_their_mean(table: Sequence[Scored], dims: Sequence[Dims], budget: float) -> Sequence[Kept]:
-    """In one ranking, each layer's units of a kind by their mean."""
+    """In one ranking, each layer's units of a kind by the mean of their sizes."""
     scaled: list[Scored] = [
-        {family: scores / (abs(scores.mean()) or 1) for family, scores in scored.items()}
+        {family: scores / (abs(scores).mean() or 1) for family, scores in scored.items()}
         for scored in table
     ]
     return ranked_together(scaled, dims, budget)
