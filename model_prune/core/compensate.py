@@ -202,9 +202,14 @@ def rise(weight: Tensor, inverse: Tensor, groups: Tensor) -> Tensor:
     Source: as of `removal_order`.
     """
     own = inverse[groups[:, :, None], groups[:, None, :]]  # [groups, columns, columns]
-    parts = weight.T[groups]  # [groups, columns, out]
-    changed: Tensor = parts * torch.linalg.solve(own, parts)
-    return changed.sum((1, 2)) / 2
+    # By Cholesky: torch's LU of several matrices at once fails on the CPU with more than one thread.
+    lower, failed = torch.linalg.cholesky_ex(own)
+    if failed.any():  # rounding, after many groups have gone
+        little = 1e-4 * own.diagonal(dim1=1, dim2=2).mean(1)
+        identity = torch.eye(own.shape[1], dtype=own.dtype, device=own.device)
+        lower = torch.linalg.cholesky(own + little[:, None, None] * identity)
+    solved = torch.linalg.solve_triangular(lower, weight.T[groups], upper=False)
+    return solved.square().sum((1, 2)) / 2
 
 
 def _solved(factor: Tensor, x: Tensor) -> Tensor:

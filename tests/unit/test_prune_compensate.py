@@ -9,7 +9,7 @@ from scipy.linalg import get_lapack_funcs
 from threadpoolctl import threadpool_info
 
 from model_prune.core import compensate
-from model_prune.core.compensate import Sweep, inverse_factor, least_squares, mean_bias
+from model_prune.core.compensate import Sweep, inverse_factor, least_squares, mean_bias, rise
 from model_prune.core.structure import NM, PerMatrix
 from prune_core.errors import InputError
 
@@ -273,3 +273,24 @@ def test_the_bias_keeps_the_output_of_constant_features():
     bias = mean_bias(weight, x.mean(0), kept)
     torch.testing.assert_close(x[:, kept] @ weight[:, kept].T + bias, x @ weight.T)
     assert (mean_bias(weight, x.mean(0), torch.arange(6)) == 0).all()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_what_heads_cost_is_the_same_on_any_number_of_threads(threads):
+    """torch's batched LU took wrong pivots on two, of groups as wide as a head's columns."""
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(2000, 576, generator=draw)
+    weight = torch.randn(576, 576, generator=draw)
+    factor = inverse_factor(x.T @ x)
+    inverse = factor.T @ factor
+    groups = torch.arange(576).view(3, 192)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = rise(weight, inverse, groups)
+    finally:
+        torch.set_num_threads(before)
+    for group, cost in zip(groups, found, strict=True):
+        own, part = inverse[group][:, group].double(), weight[:, group].double()
+        expected = (part @ torch.linalg.inv(own) * part).sum() / 2
+        assert float(cost) == pytest.approx(float(expected), rel=1e-4)
