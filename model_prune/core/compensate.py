@@ -202,7 +202,7 @@ def rise(weight: Tensor, inverse: Tensor, groups: Tensor) -> Tensor:
     Source: as of `removal_order`.
     """
     own = inverse[groups[:, :, None], groups[:, None, :]]  # [groups, columns, columns]
-    # By Cholesky: torch's LU of several matrices at once fails on the CPU with more than one thread.
+    # By Cholesky: on the CPU torch's LU of several matrices fails with more than one thread.
     lower, failed = torch.linalg.cholesky_ex(own)
     if failed.any():  # rounding, after many groups have gone
         little = 1e-4 * own.diagonal(dim1=1, dim2=2).mean(1)
