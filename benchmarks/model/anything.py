@@ -385,7 +385,9 @@ def small(done: dict[str, Any], write: Callable[[], None]) -> None:
             write()
 
 
-def decoder(folder: Path, text: Path, test: Path) -> dict[str, Any]:
+def decoder(
+    rows: dict[str, Any], write: Callable[[], None], folder: Path, text: Path, test: Path
+) -> None:
     """Perplexity of a decoder after a fifth of its layers' weights went."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -393,7 +395,7 @@ def decoder(folder: Path, text: Path, test: Path) -> dict[str, Any]:
     from model_prune.evaluate import perplexity
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    sizes = {"obspa": (16, 512), "spa": (10, 64)}
+    sizes = {"obspa": (8, 512), "spa": (10, 64)}
     read = {
         name: Calibration.read([text], tokenizer, windows=count, tokens=tokens)
         for name, (count, tokens) in sizes.items()
@@ -403,19 +405,22 @@ def decoder(folder: Path, text: Path, test: Path) -> dict[str, Any]:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
     def measured(model: Any) -> float:
-        found = perplexity(model, tokenizer, read_text(test), max_windows=12, progress=False)
+        found = perplexity(model, tokenizer, read_text(test), max_windows=4, progress=False)
         return float(found.value)
 
-    rows = {"dense": {"perplexity": measured(load())}}
-    jobs: dict[str, Any] = {name: (name, {}) for name in ("random", "magnitude", "obspa")}
+    if "dense" not in rows:
+        rows["dense"] = {"perplexity": measured(load())}
+    jobs: dict[str, Any] = {name: (name, {}) for name in ("obspa", "magnitude", "random")}
     jobs |= {f"spa, {one}": ("spa", {"criterion": one}) for one in ("magnitude", "snip", "grasp")}
     for name, (method, own) in tqdm(jobs.items(), desc="decoder"):
+        if name in rows:
+            continue
         started = time.perf_counter()
         chosen = load_method(method, remove=0.2, **own)
         plan = chosen.plan(folder, read.get(method), device="cpu", progress=False)
         seconds = time.perf_counter() - started
         rows[name] = {"perplexity": measured(plan.apply(load())), "seconds": seconds}
-    return rows
+        write()
 
 
 def cost() -> dict[str, Any]:
@@ -469,10 +474,10 @@ def main() -> None:
         with ProcessPoolExecutor(1, spawn) as process:
             done["cost"] = process.submit(cost).result()
         write()
-    if arguments.model and "decoder" not in done:
+    if arguments.model:
         torch.set_num_threads(2)
-        done["decoder"] = decoder(arguments.model, arguments.text, arguments.test)
-        write()
+        rows = done.setdefault("decoder", {})
+        decoder(rows, write, arguments.model, arguments.text, arguments.test)
 
 
 if __name__ == "__main__":

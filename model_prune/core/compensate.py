@@ -208,7 +208,7 @@ def rise(weight: Tensor, inverse: Tensor, groups: Tensor) -> Tensor:
         little = 1e-4 * own.diagonal(dim1=1, dim2=2).mean(1)
         identity = torch.eye(own.shape[1], dtype=own.dtype, device=own.device)
         lower = torch.linalg.cholesky(own + little[:, None, None] * identity)
-    solved = torch.linalg.solve_triangular(lower, weight.T[groups], upper=False)
+    solved: Tensor = torch.linalg.solve_triangular(lower, weight.T[groups], upper=False)
     return solved.square().sum((1, 2)) / 2
 
 
