@@ -691,6 +691,19 @@ def anything_cost() -> str:
     return table([name, "1 thread"], rows)
 
 
+def anything_decoder() -> str:
+    rows = results("anything", "model")["decoder"]
+    shown = [
+        [
+            name,
+            f"{row['perplexity']:.1f}" if row["perplexity"] < 1000 else f"{row['perplexity']:.1e}",
+            f"{row['seconds']:.0f}" if "seconds" in row else "",
+        ]
+        for name, row in rows.items()
+    ]
+    return table(["a fifth of the layers' weights cut", "WikiText-2", "seconds"], shown)
+
+
 def install() -> str:
     rows = [
         [f"`{r['what']}`", str(r["packages"]), str(r["megabytes"]), str(r["seconds"]), r["torch"]]
@@ -722,6 +735,7 @@ TABLES = {
     "anything_50": lambda: anything_after(0.5),
     "anything_70": lambda: anything_after(0.7),
     "anything_cost": anything_cost,
+    "anything_decoder": anything_decoder,
     "anything_trained": anything_trained,
     "demo": demo,
     "quality": quality,
