@@ -79,6 +79,7 @@ UNITS: dict[str, tuple[str, dict[str, Any]]] = {
     "llm_pruner": ("llm_pruner", {}),
     "llm_pruner, second order": ("llm_pruner", {"order": "second"}),
     "llm_pruner, vector": ("llm_pruner", {"order": "vector"}),
+    "spa": ("spa", {}),
     "obspa": ("obspa", {}),
     "prunenet": ("prunenet", {}),
     "tyr, not searched": ("tyr", SEARCHED | {"iterations": 1, "generations": 0}),
