@@ -5,17 +5,16 @@ the figures. Networks, data and rows are those of benchmarks/model/anything.py.
 """
 
 import dataclasses
-import sys
+import runpy
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "model"))
-
-import anything
-
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "model" / "anything.py"
+anything = SimpleNamespace(**runpy.run_path(str(SCRIPT)))
 pytestmark = pytest.mark.slow
 
 SEEDS = (0, 1, 2)
