@@ -216,6 +216,16 @@ METHODS = Registry(
             needs="calibration text",
             cost="one forward pass",
         ),
+        Method(
+            "premoe",
+            "model_prune.methods.premoe:PreMoe",
+            family="experts",
+            paper="PreMoe: lightening MoEs on constrained memory by expert pruning and retrieval",
+            year=2025,
+            arxiv="2505.17639",
+            needs="calibration text of the task; a mixture of experts",
+            cost="one forward pass",
+        ),
     ],
 )
 

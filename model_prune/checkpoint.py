@@ -30,6 +30,7 @@ from model_prune.core.target import Dims, family_of
 from model_prune.core.work import trim
 from model_prune.decoders import build_layer, pruned_config
 from model_prune.graph.cut import dims_after, no_biases, prune_state
+from model_prune.mixtures import stored
 from prune_core.errors import CheckpointError, InputError
 from prune_core.storage import StrPath, atomic_folder, save_tensors, write_json
 
@@ -77,7 +78,7 @@ class Checkpoint:
     @property
     def dtype(self) -> torch.dtype:
         """Of the first layer's matrices."""
-        return self.rows(f"{LAYERS}0.mlp.down_proj.weight", torch.tensor([0])).dtype
+        return self.rows(f"{LAYERS}0.self_attn.o_proj.weight", torch.tensor([0])).dtype
 
     @property
     def fingerprint(self) -> str:
@@ -103,8 +104,17 @@ class Checkpoint:
 
         Each has memory of its own, and the dtype of the file.
         """
-        names = build_layer(self.config, i).state_dict()
-        return {name: self.tensor(f"{LAYERS}{i}.{name}") for name in names}
+        family, dims = family_of(self.config), Dims.of(self.config, i)
+        state: dict[str, Tensor] = {}
+        for name, like in build_layer(self.config, i).state_dict().items():
+            for part, index in stored(family, name, dims).items():
+                tensor = self.tensor(f"{LAYERS}{i}.{part}")
+                if index is ...:
+                    state[name] = tensor
+                    continue
+                whole = state.setdefault(name, torch.empty(like.shape, dtype=tensor.dtype))
+                whole[index] = tensor
+        return state
 
     def tensor(self, name: str) -> Tensor:
         """One tensor, in memory of its own. Raises CheckpointError if there is none so named."""
@@ -147,10 +157,12 @@ def open_checkpoint(folder: StrPath) -> Checkpoint:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{folder / 'config.json'} cannot be read: {error}") from error
-    family_of(config)
+    family = family_of(config)
     checkpoint = Checkpoint(folder, config, _files(folder))
     for i in range(config.num_hidden_layers):
-        for name in build_layer(config, i).state_dict():
+        dims = Dims.of(config, i)
+        state = build_layer(config, i).state_dict()
+        for name in (part for whole in state for part in stored(family, whole, dims)):
             if f"{LAYERS}{i}.{name}" not in checkpoint.files:
                 raise CheckpointError(
                     f"{folder} has no tensor '{LAYERS}{i}.{name}', which its config.json asks for: "
@@ -235,7 +247,7 @@ def _write_layers(
     dims: list[Dims] = []
     kept: list[int] = []
     unbiased: dict[str, Tensor] = {}  # zeros for layers without a bias, should others get one
-    biases = False
+    biases, family = False, family_of(checkpoint.config)
     for i in tqdm(range(len(layers)), "layers", disable=None if progress else True):
         plan = layers[i]
         if plan.removed:
@@ -245,10 +257,12 @@ def _write_layers(
         there = state.keys()
         state = prune_state(state, plan, before)
         biases |= state.keys() != there
-        for name, tensor in state.items():
-            writer.add(prefix + name, tensor)
-        unbiased |= {prefix + name: zeros for name, zeros in no_biases(state).items()}
         dims.append(dims_after(before, plan))
+        for name, tensor in state.items():
+            for part, index in stored(family, name, dims[-1]).items():
+                writer.add(prefix + part, tensor[index])
+        if not before.experts:
+            unbiased |= {prefix + name: zeros for name, zeros in no_biases(state).items()}
         kept.append(i)
         del plan, state  # or they stay while the next ones are read
         trim()

@@ -10,6 +10,8 @@ this module makes the Auto classes know them. Parameters have the stock classes'
 
 Their `output_bias` says that o_proj and down_proj of every layer have a bias, which not every
 family can have of itself.
+
+Mixtures of experts lose the same number in every layer, so theirs remain the stock classes.
 """
 
 import copy
@@ -22,12 +24,16 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.models.llama import configuration_llama, modeling_llama
 from transformers.models.mistral import configuration_mistral, modeling_mistral
+from transformers.models.mixtral import modeling_mixtral
+from transformers.models.olmoe import modeling_olmoe
 from transformers.models.qwen2 import configuration_qwen2, modeling_qwen2
+from transformers.models.qwen2_moe import modeling_qwen2_moe
 from transformers.models.qwen3 import configuration_qwen3, modeling_qwen3
+from transformers.models.qwen3_moe import modeling_qwen3_moe
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from model_prune.core.plan import LayerPlan
-from model_prune.core.target import PRUNED, Dims, family_of
+from model_prune.core.target import EXPERTS, MIXTURES, PRUNED, Dims, family_of
 from model_prune.graph.cut import BIASED, dims_after, no_biases, prune_state
 from prune_core.errors import InputError
 
@@ -85,6 +91,8 @@ def _belong(layer: Any, config: Any) -> None:
     Nothing reads sizes from it once the layer is made.
     """
     layer.self_attn.config = layer.mlp.config = config
+    if hasattr(layer.mlp, "experts"):
+        layer.mlp.experts.config = config
 
 
 def _family(name: str, configuration: Any, modeling: Any) -> tuple[Any, Any, Any]:
@@ -127,9 +135,21 @@ def _family(name: str, configuration: Any, modeling: Any) -> tuple[Any, Any, Any
     for stock, pruned in ((stock_model, model_class), (stock_lm, lm_class)):
         _CLASSES[stock] = _CLASSES[pruned] = (stock, pruned)
     _CONFIGS[stock_config.model_type] = (stock_config, config_class)
-    _LAYERS[stock_config.model_type] = getattr(modeling, f"{name}DecoderLayer")
-    _ROTARY[stock_config.model_type] = getattr(modeling, f"{name}RotaryEmbedding")
+    _know(stock_config.model_type, name, modeling)
     return config_class, model_class, lm_class
+
+
+def _know(family: str, name: str, modeling: Any) -> None:
+    _LAYERS[family] = getattr(modeling, f"{name}DecoderLayer")
+    _ROTARY[family] = getattr(modeling, f"{name}RotaryEmbedding")
+
+
+def _mixture(family: str, name: str, modeling: Any) -> None:
+    """A family of which only the stock classes are needed."""
+    _know(family, name, modeling)
+    for kind in ("Model", "ForCausalLM"):
+        stock = getattr(modeling, f"{name}{kind}")
+        _CLASSES[stock] = (stock, stock)
 
 
 _LAYERS: dict[str, Any] = {}  # by family
@@ -149,6 +169,10 @@ PrunedQwen2Config, PrunedQwen2Model, PrunedQwen2ForCausalLM = _family(
 PrunedQwen3Config, PrunedQwen3Model, PrunedQwen3ForCausalLM = _family(
     "Qwen3", configuration_qwen3, modeling_qwen3
 )
+_mixture("mixtral", "Mixtral", modeling_mixtral)
+_mixture("qwen2_moe", "Qwen2Moe", modeling_qwen2_moe)
+_mixture("qwen3_moe", "Qwen3Moe", modeling_qwen3_moe)
+_mixture("olmoe", "Olmoe", modeling_olmoe)
 
 
 # ------------------------------------------------------------------------------ configs
@@ -165,9 +189,12 @@ def pruned_config(
     all layers alike, no biases but the family's own, and heads that stock code accepts. Otherwise
     the family's pruned one.
 
-    Raises InputError if no layer stays, or dims and kept_layers do not belong together.
+    Raises InputError if no layer stays, or dims and kept_layers do not belong together; of a
+    mixture of experts, if a layer is removed, or layers do not keep the same number of experts.
     """
     family = family_of(config)
+    if family in MIXTURES:
+        return _fewer_experts(config, family, dims)
     if not dims or len(dims) != len(kept_layers):
         raise InputError(
             f"{len(dims)} layers have sizes and {len(kept_layers)} are kept: keep one layer at "
@@ -201,6 +228,24 @@ def pruned_config(
     return result
 
 
+def _fewer_experts(config: Any, family: str, dims: Sequence[Dims]) -> Any:
+    counts = sorted({each.experts for each in dims if each.experts})
+    if len(dims) != config.num_hidden_layers or len(counts) != 1:
+        raise InputError(
+            f"Layers of a mixture must all stay, and with as many experts in each; got "
+            f"{len(dims)} of {config.num_hidden_layers} layers, with {counts} experts: keep the "
+            f"same number everywhere."
+        )
+    if counts[0] < config.num_experts_per_tok:
+        raise InputError(
+            f"The model sends a token to {config.num_experts_per_tok} experts, and the plan keeps "
+            f"{counts[0]}: keep as many at least."
+        )
+    result = copy.deepcopy(config)
+    setattr(result, EXPERTS[family], counts[0])
+    return result
+
+
 def _has_biases(config: Any, family: str) -> bool:
     """Whether the stock class gives both of BIASED a bias."""
     return family == "llama" and config.attention_bias and config.mlp_bias
@@ -222,6 +267,7 @@ def build_layer(config: Any, i: int) -> Any:
     """
     own = copy.copy(config)
     own._attn_implementation = "sdpa"
+    own._experts_implementation = "eager"
     with torch.device("meta"):
         return _layer(own, i)
 
@@ -280,6 +326,8 @@ def apply_in_place(model: Any, layers: Sequence[LayerPlan]) -> Any:
     for part in {id(part): part for part in (base, model)}.values():
         part.config = after
         part.__class__ = _CLASSES[type(part)][after.model_type.startswith(PRUNED)]
+        if hasattr(part, "num_experts"):  # of which training's balance reads it
+            part.num_experts = getattr(after, EXPERTS[after.model_type])
     return model
 
 
@@ -295,6 +343,9 @@ def _refit(layer: Any, state: dict[str, torch.Tensor]) -> None:
             continue
         trained = (module.weight if old is None else old).requires_grad
         setattr(module, kind, nn.Parameter(tensor, requires_grad=trained))
-        if kind == "weight":
+        if isinstance(module, nn.Linear) and kind == "weight":
             module.out_features, module.in_features = tensor.shape
-    layer.mlp.intermediate_size = layer.mlp.down_proj.in_features
+    if hasattr(layer.mlp, "experts"):
+        layer.mlp.gate.num_experts = layer.mlp.experts.num_experts = len(layer.mlp.gate.weight)
+    else:
+        layer.mlp.intermediate_size = layer.mlp.down_proj.in_features

@@ -41,6 +41,8 @@ class Method(ABC):
     """Calibration windows that the paper takes; 0 where it takes none."""
     tokens: ClassVar[int] = 0
     """Tokens of each."""
+    mixtures: ClassVar[bool] = False
+    """Whether it chooses among the experts of a mixture; all others know models without any."""
 
     @property
     def reads(self) -> int:
@@ -71,6 +73,14 @@ class Method(ABC):
         fit, and activations that are not finite; CheckpointError for a folder that cannot be read.
         """
         decoder = Decoder.of(model, device)
+        if self.mixtures != any(dims.experts for dims in decoder.dims):
+            raise InputError(
+                f"{self.name} chooses among experts, and '{decoder.name}' has none: take a method "
+                f"of another family."
+                if self.mixtures
+                else f"'{decoder.name}' is a mixture of experts, of which {self.name} knows "
+                f"nothing: take premoe, which removes whole experts."
+            )
         if isinstance(calibration, Tensor):
             calibration = Calibration(calibration)
         if self.reads and calibration is None:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from model_prune.core.plan import LayerPlan
-from model_prune.core.target import MATRICES, UNITS, Dims, family_of
+from model_prune.core.target import MATRICES, Dims, family_of
 from model_prune.core.units import kept_weights
 from model_prune.core.work import Layers, Work
 from prune_core.errors import InputError
@@ -128,7 +128,7 @@ def _summary(plan: LayerPlan, dims: Dims) -> dict[str, Any]:
         "removed": plan.removed,
         "kept": {
             family: plan.units[family].tolist() if family in plan.units else dims.count(family)
-            for family in UNITS
+            for family in dims.units
         },
         "zeros": {matrix: int((~mask).sum()) for matrix, mask in plan.masks.items()},
         "new_weights": sorted(plan.weights),

@@ -188,9 +188,9 @@ def describe(model: StrPath, plan: Plan, **measured: Any) -> Report:
     """
     checkpoint = open_checkpoint(local_folder(model))
     targets = plan.settings.get("targets")
-    what = ", ".join(f"{k} {v}" for k, v in plan.settings.items() if k in _SIZES and v is not None)
+    said = [f"{k} {v}" for k, v in plan.settings.items() if k in _SIZES and v is not None]
     return Report.of(
-        f"{plan.model['name']}: {plan.method}, {what}",
+        f"{plan.model['name']}: {', '.join([plan.method, *said])}",
         plan.dims,
         plan.layers,
         vocabulary=checkpoint.config.vocab_size,
@@ -201,7 +201,7 @@ def describe(model: StrPath, plan: Plan, **measured: Any) -> Report:
     )
 
 
-_SIZES = ("sparsity", "pattern", "remove", "targets")
+_SIZES = ("sparsity", "pattern", "remove", "keep", "targets")
 
 
 def local_folder(model: StrPath) -> Path:

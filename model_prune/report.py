@@ -9,8 +9,9 @@ number. Both together are *gone*, and a sparsity is the share that is gone.
 
 Weights are those of the layers' seven matrices and of the embeddings, tied ones counted once. Norms
 and the biases a model had are left out, under 0.1 % of it. FLOPs of a token are 2 for each stored
-weight of the matrices and of the language-model head; attention's own products, which grow with the
-context, are not counted.
+weight of the matrices and of the language-model head, without experts that a token does not go
+through; attention's own products, which grow with the context, are not counted. Routers are left
+out as norms are.
 """
 
 from __future__ import annotations
@@ -205,8 +206,8 @@ class Report:
     @property
     def flops(self) -> tuple[int, int]:
         """Of one token, before and after: 2 x weights of matrices and head, zeros included."""
-        before = sum(layer.weights() for layer in self.layers)
-        after = sum(layer.stored() for layer in self.layers)
+        before = sum(layer.weights() - layer.before.idle for layer in self.layers)
+        after = sum(layer.stored() - layer.after.idle for layer in self.layers if layer.after)
         return 2 * (before + self._head), 2 * (after + self._head)
 
     @property
@@ -293,6 +294,8 @@ class Report:
             return "Wherever the dense model does: all shapes are as before."
         if not left:
             return "Nowhere: no layer is left."
+        if any(one.experts for one in left):
+            return "In stock transformers and vLLM, as a mixture of fewer experts."
         if len(set(left)) > 1:
             return f"{own} layers differ in size, and stock classes build all alike."
         one = left[0]
@@ -358,7 +361,7 @@ class Report:
             if layer.after is None:
                 lines.append(f"{i:>5} {'removed':>34}")
                 continue
-            groups, neurons = (_kept(layer, family) for family in UNITS)
+            groups, neurons = _units(layer)
             zeros = sum(layer.zeros.values()) / max(layer.stored(), 1)
             lines.append(
                 f"{i:>5} {groups:>7} {neurons:>11} {100 * zeros:>7.1f} {100 * layer.share():>6.1f}"
@@ -424,7 +427,7 @@ class Report:
                 (
                     layer,
                     [_cell(layer.share(names)) for names in parts.values()],
-                    [_kept(layer, family) for family in UNITS],
+                    _units(layer),
                 )
                 for layer in self.layers
             ],
@@ -444,6 +447,13 @@ def _size(dims: Dims | None, matrix: str) -> int:
 
 def _sums(pairs: Sequence[tuple[int, int]]) -> tuple[int, int]:
     return sum(pair[0] for pair in pairs), sum(pair[1] for pair in pairs)
+
+
+def _units(layer: LayerReport) -> list[str]:
+    """KV groups, and neurons or experts, as "kept/all"."""
+    if layer.before.experts:
+        return [_kept(layer, "kv_group"), f"{_kept(layer, 'expert')} experts"]
+    return [_kept(layer, family) for family in UNITS]
 
 
 def _kept(layer: LayerReport, family: Family) -> str:

@@ -58,15 +58,16 @@ def walk(
     work: Work,
     progress: bool = True,
     batch_tokens: int = BATCH_TOKENS,
+    until: int | None = None,
 ) -> None:
-    """Take every layer through `step`; results are in `work`, by layer.
+    """Take every layer, or those before `until`, through `step`; results are in `work`, by layer.
 
     Layers that `work` holds already are only passed through, pruned as they were, so that a pass
     that was stopped goes on with the same activations.
 
     Raises InputError for activations that are not finite, naming the layer.
     """
-    layers = range(len(decoder.dims))
+    layers = range(len(decoder.dims))[:until]
     if all(i in work for i in layers):
         return
     with torch.no_grad():
@@ -203,7 +204,8 @@ def _inputs(
 ) -> Iterator[tuple[str, Tensor]]:
     """Each site with its input [windows, tokens, in]; the layer's output goes `into` a tensor.
 
-    Without `into` the last matrix, whose output nobody reads, is not multiplied.
+    Without `into` the last matrix, whose output nobody reads, is not multiplied. A mixture of
+    experts has no "mlp_mid": each expert has its own.
     """
     x = layer.input_layernorm(hidden)
     yield "attn_in", x
@@ -212,6 +214,10 @@ def _inputs(
     hidden = hidden + layer.self_attn.o_proj(x)
     x = layer.post_attention_layernorm(hidden)
     yield "mlp_in", x
+    if hasattr(layer.mlp, "experts"):
+        if into is not None:
+            torch.add(hidden, layer.mlp(x), out=into)
+        return
     x = middle(layer, x)
     yield "mlp_mid", x
     if into is not None:

@@ -71,8 +71,11 @@ def hold(model: nn.Module, masks: Masks, optimizer: torch.optim.Optimizer) -> Re
 def units_masked(model: Any, dims: Sequence[Dims], layers: Sequence[LayerPlan]) -> Iterator[None]:
     """While the block runs, cut units give nothing: the model computes what the cut one would.
 
-    Biases and new weights of the plans are not looked at.
+    Biases and new weights of the plans are not looked at. Raises InputError for experts, whose
+    absence changes what the router gives to the others.
     """
+    if any("expert" in plan.units for plan in layers):
+        raise InputError("Experts cannot be masked: apply the plan to a copy of the model.")
     handles = []
     for layer, sizes, plan in zip(model.model.layers, dims, layers, strict=True):
         for family in UNITS:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from model_prune.core.plan import LayerPlan
-from model_prune.core.target import UNITS, Dims, Family
+from model_prune.core.target import Dims, Family
 from prune_core.errors import InputError
 
 # The matrices that hold a part of each unit: along their rows (0) or their columns (1).
@@ -18,6 +18,7 @@ MEMBERS: dict[Family, dict[str, int]] = {
         "self_attn.o_proj": 1,
     },
     "neuron": {"mlp.gate_proj": 0, "mlp.up_proj": 0, "mlp.down_proj": 1},
+    "expert": {"mlp.gate_proj": 0, "mlp.up_proj": 0, "mlp.down_proj": 1},
 }
 # The input that a family's outputs are, and the matrix that reads it.
 SITE: dict[Family, str] = {"kv_group": "attn_out", "neuron": "mlp_mid"}
@@ -26,8 +27,8 @@ READER: dict[Family, str] = {"kv_group": "self_attn.o_proj", "neuron": "mlp.down
 
 def width(family: Family, matrix: str, dims: Dims) -> int:
     """Rows or columns of a matrix that one unit holds."""
-    if family == "neuron":
-        return 1
+    if family != "kv_group":
+        return dims.neurons if family == "expert" else 1
     heads = 1 if matrix in ("self_attn.k_proj", "self_attn.v_proj") else dims.group
     return heads * dims.head_dim
 
@@ -62,10 +63,12 @@ def kept_weights(plan: LayerPlan, dims: Dims, matrix: str) -> Tensor:
                 f"dense matrix {shape}."
             )
         kept &= plan.masks[matrix].cpu()
-    for family in UNITS:
+    for family in dims.units:
         if matrix in MEMBERS[family] and family in plan.units:
             axis = MEMBERS[family][matrix]
-            stays = torch.zeros(shape[axis], dtype=torch.bool)
-            stays[places(family, matrix, dims, plan.units[family].cpu())] = True
+            gone = torch.ones(dims.count(family), dtype=torch.bool)
+            gone[plan.units[family].cpu()] = False
+            stays = torch.ones(shape[axis], dtype=torch.bool)  # also what is of no unit
+            stays[places(family, matrix, dims, gone.nonzero().flatten())] = False
             kept &= stays[:, None] if axis == 0 else stays
     return kept

@@ -3,7 +3,8 @@
 Both functions are pure. Names are relative to the layer ("self_attn.q_proj.weight"), and units are
 those of core/target.py: a KV group is its rows of k and v, the rows of q of the query heads that
 read them, and their columns of o; a neuron is a row of gate and up and a column of down. What is
-not named there (norms; q_norm and k_norm of Qwen3, which all heads share) stays as it is.
+not named there (norms; q_norm and k_norm of Qwen3, which all heads share) stays as it is. An expert
+is its part of the stacked FFNs, as transformers holds them, and its row of the router.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from model_prune.core.target import MATRICES, UNITS, Dims, Family
 from model_prune.core.units import MEMBERS, places
 from prune_core.errors import InputError, did_you_mean
 
+# [experts, …] each: rows of the router, gates and ups one under the other, downs.
+STACKED = ("mlp.gate.weight", "mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 BIASED = ("self_attn.o_proj", "mlp.down_proj")  # which write the residual stream
 
 
@@ -34,6 +37,8 @@ def prune_state(state: Mapping[str, Tensor], plan: LayerPlan, dims: Dims) -> dic
     `dims_after` refuses.
     """
     kept = {family: _kept(plan, family, dims) for family in plan.units}
+    if dims.experts:
+        return _keep_experts(state, plan, dims)
     for part in (plan.weights, plan.masks):
         _check_names(part, MATRICES)
     _check_names(plan.biases, BIASED)
@@ -75,15 +80,15 @@ def dims_after(dims: Dims, plan: LayerPlan) -> Dims:
     Raises InputError for kept units that are not whole numbers, are not in ascending order, lie
     outside the layer, or are none at all.
     """
-    groups, neurons = (
-        len(_kept(plan, family, dims)) if family in plan.units else dims.count(family)
-        for family in UNITS
-    )
+    left = {family: len(_kept(plan, family, dims)) for family in plan.units}
+    if dims.experts:
+        return replace(dims, experts=left.get("expert", dims.experts))
+    groups, neurons = (left.get(family, dims.count(family)) for family in UNITS)
     return replace(dims, kv_groups=groups, heads=groups * dims.group, neurons=neurons)
 
 
 def _kept(plan: LayerPlan, family: Family, dims: Dims) -> Tensor:
-    _check_names(plan.units, UNITS)
+    _check_names(plan.units, dims.units)
     kept, count = plan.units[family], dims.count(family)
     if kept.ndim != 1 or kept.dtype != torch.int64:
         raise InputError(
@@ -102,6 +107,25 @@ def _kept(plan: LayerPlan, family: Family, dims: Dims) -> Tensor:
             f"{int(kept.max())}."
         )
     return kept
+
+
+def _keep_experts(state: Mapping[str, Tensor], plan: LayerPlan, dims: Dims) -> dict[str, Tensor]:
+    if plan.weights or plan.masks or plan.biases:
+        raise InputError(
+            "The plan changes weights of a mixture of experts, of which only whole experts can go: "
+            "plan with a method of the family 'experts'."
+        )
+    after = dict(state)
+    for name in STACKED:
+        if name not in after or len(after[name]) != dims.experts:
+            raise InputError(
+                f"The layer's '{name}' must be of {dims.experts} experts: the plan and the layer "
+                f"belong to different models."
+            )
+        if "expert" in plan.units:
+            index = plan.units["expert"].to(after[name].device)
+            after[name] = after[name].index_select(0, index)
+    return after
 
 
 def _keep(state: dict[str, Tensor], matrix: str, index: Tensor, axis: int) -> None:

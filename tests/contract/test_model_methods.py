@@ -23,6 +23,7 @@ from model_prune.method import Depth, Either, Elements, Method, Units
 from prune_core.errors import InputError, RecipeError
 from prune_core.testing import unregistered
 from tiny_decoders import FAMILIES, LAYERS, dims_of, random_windows, roomy_decoder, units
+from tiny_mixtures import EXPERTS, MIXTURES, tiny_mixture
 
 WINDOWS, IDS = random_windows(), random_windows(2, 20, seed=1)
 # Whose units are ranked at their cost, so that a KV group may be what is missing or too much.
@@ -62,6 +63,13 @@ def usual(name):
         yield {"remove": 0.35}
     if issubclass(kind, Depth):
         yield {"remove": 0.5}
+    if kind.mixtures:
+        yield {"keep": 5}
+
+
+def families(name):
+    """Of models that a method knows."""
+    return MIXTURES if METHODS.get(name).mixtures else FAMILIES
 
 
 NAMES = [row.name for row in METHODS]
@@ -70,7 +78,8 @@ ALL = USUAL + [
     (name, next(usual(name)) | other) for name in NAMES for other in choices(METHODS.get(name))
 ]
 # Every case in one family, in turn.
-CASES = [(*case, family) for case, family in zip(ALL, cycle(FAMILIES), strict=False)]
+TURNS = {names: cycle(names) for names in (FAMILIES, MIXTURES)}
+CASES = [(*case, next(TURNS[families(case[0])])) for case in ALL]
 
 
 def label(case):
@@ -86,10 +95,14 @@ def plan_of(name, settings, model, **more):
     return made(name, settings).plan(model, WINDOWS, progress=False, **more)
 
 
+def fresh(family, **settings):
+    return (tiny_mixture if family in MIXTURES else roomy_decoder)(family, **settings)
+
+
 @cache
 def dense(family):
     """To be copied, not changed."""
-    return roomy_decoder(family)
+    return fresh(family)
 
 
 @cache
@@ -183,7 +196,7 @@ def in_use(family):
     """A model in the middle of training: gradients, a frozen part, a hook."""
     model = copy.deepcopy(dense(family)).train()
     model.model.layers[1].eval()
-    model.model.layers[0].mlp.up_proj.weight.requires_grad_(False)
+    model.model.layers[0].self_attn.o_proj.weight.requires_grad_(False)
     for parameter in model.model.layers[2].parameters():
         parameter.grad = torch.full_like(parameter, 0.5)
     model.model.layers[3].mlp.register_forward_hook(lambda *_: None)
@@ -204,7 +217,7 @@ def test_nor_does_one_that_breaks_off(name, settings, monkeypatch):
     class Broken(Exception):
         pass
 
-    model, state = in_use("llama"), decoder._Loaded.state
+    model, state = in_use(families(name)[0]), decoder._Loaded.state
 
     def fail(*_):
         raise Broken
@@ -212,7 +225,7 @@ def test_nor_does_one_that_breaks_off(name, settings, monkeypatch):
     monkeypatch.setattr(
         decoder._Loaded, "state", lambda self, i: state(self, i) if i < 2 else fail()
     )
-    model.model.layers[2].mlp.down_proj.register_forward_hook(fail)
+    model.model.layers[2].self_attn.o_proj.register_forward_hook(fail)
     before = snapshot(model)
     with pytest.raises(Broken):
         plan_of(name, settings, model)
@@ -230,12 +243,12 @@ NOTHING = [
     for name, settings in USUAL
     for key in ("sparsity", "remove")
     if key in settings
-]
+] + [(name, {"keep": EXPERTS}) for name, settings in USUAL if "keep" in settings]
 
 
 @pytest.mark.parametrize(("name", "settings"), NOTHING, ids=[label(case) for case in NOTHING])
 def test_removing_nothing_is_identity_bit_for_bit(name, settings):
-    for family in FAMILIES:
+    for family in families(name):
         model = copy.deepcopy(dense(family))
         assert plan_of(name, settings, model).apply(model) is model
         assert type(model) is type(dense(family))
@@ -251,6 +264,9 @@ def missed(plan, model):
     dims, kind = dims_of(model), METHODS.get(plan.method)
     total = sum(each.weights for each in dims)
     gone = sum(zeros_of(layer, sizes) for layer, sizes in zip(plan.layers, dims, strict=True))
+    if "keep" in plan.settings:
+        fewer = EXPERTS - plan.settings["keep"]
+        return gone - sum(fewer * sizes.cost("expert") for sizes in dims if sizes.experts), 0
     if "remove" in plan.settings and plan.settings["remove"] is not None:
         unit = dims[0].cost("kv_group" if plan.method in RANKED else "neuron")
         return gone - plan.settings["remove"] * total, unit / 2
@@ -310,7 +326,10 @@ def test_targets_alone_are_pruned(name):
 def test_masked_is_cut(case):
     _, _, family, plan = case
     model, dims = copy.deepcopy(dense(family)), dims_of(dense(family))
-    if any(layer.units for layer in plan.layers):
+    if family in MIXTURES:
+        with pytest.raises(InputError, match="Experts cannot be masked"):
+            units_masked(model, dims, plan.layers).__enter__()
+    elif any(layer.units for layer in plan.layers):
         # Without new weights and biases, of which masking units knows nothing.
         bare = [LayerPlan(units=layer.units) for layer in plan.layers]
         with units_masked(model, dims, plan.layers):
@@ -335,7 +354,7 @@ def test_embeddings_stay_tied_or_untied(case):
 
 @pytest.mark.parametrize(("name", "settings"), USUAL, ids=[label(case) for case in USUAL])
 def test_what_is_no_matrix_of_a_layer_stays(name, settings):
-    model = roomy_decoder("qwen2", tie_word_embeddings=False)
+    model = fresh(families(name)[2], tie_word_embeddings=False)
     before = bits(model)
     after = bits(plan_of(name, settings, model).apply(model))
     outside = [name for name in before if not name.startswith("model.layers.")]
@@ -343,8 +362,12 @@ def test_what_is_no_matrix_of_a_layer_stays(name, settings):
     assert_equal({n: after[n] for n in outside}, {n: before[n] for n in outside})
 
 
-@pytest.mark.parametrize(("name", "settings"), USUAL, ids=[label(case) for case in USUAL])
-@pytest.mark.parametrize("family", FAMILIES)
+EVERYWHERE = [(*case, family) for case in USUAL for family in families(case[0])]
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "family"), EVERYWHERE, ids=[label(case) for case in EVERYWHERE]
+)
 def test_saved_and_loaded_gives_the_same_logits(name, settings, family, tmp_path):
     plan = _planned(name, tuple(settings.items()), family)
     model = plan.apply(copy.deepcopy(dense(family)))
@@ -366,20 +389,23 @@ def test_a_folder_is_planned_and_written_as_the_model_in_memory(case, tmp_path):
         tmp_path / "dense", tmp_path / "out", plan.layers, plan_json=about, progress=False
     )
     written = load_file(tmp_path / "out" / "model.safetensors")
-    in_memory = bits(pruned(case))
-    del in_memory["lm_head.weight"]  # tied, and written once
+    pruned(case).save_pretrained(tmp_path / "saved")
+    in_memory = load_file(tmp_path / "saved" / "model.safetensors")
     assert_equal(written, in_memory)
 
 
 @pytest.mark.parametrize(("name", "settings"), USUAL, ids=[label(case) for case in USUAL])
 def test_the_dtype_stays(name, settings):
-    model = copy.deepcopy(dense("mistral")).bfloat16()
+    model = copy.deepcopy(dense(families(name)[1])).bfloat16()
     plan = plan_of(name, settings, model)
     assert {p.dtype for p in plan.apply(model).parameters()} == {torch.bfloat16}
     assert logits(model).isfinite().all()
 
 
-@pytest.mark.parametrize(("name", "settings"), USUAL, ids=[label(case) for case in USUAL])
+AGAIN = [case for case in USUAL if families(case[0]) is FAMILIES]
+
+
+@pytest.mark.parametrize(("name", "settings"), AGAIN, ids=[label(case) for case in AGAIN])
 def test_a_pruned_model_can_be_pruned_again(name, settings):
     first = [LayerPlan() for _ in range(LAYERS)]
     first[1] = LayerPlan(units=units(kv_group=[0, 2], neuron=[*range(20), *range(40, 96)]))
@@ -434,12 +460,12 @@ def test_a_plan_says_all_in_json(case):
         own = plan.layers[i]
         assert layer["zeros"] == {m: int((~mask).sum()) for m, mask in own.masks.items()}
         assert layer["removed"] == own.removed
-        assert layer["kept"].keys() == {"kv_group", "neuron"}
+        assert layer["kept"].keys() == set(plan.dims[i].units)
 
 
 def test_a_plan_refuses_another_model(case):
     _, _, family, plan = case
-    other = roomy_decoder(family, num_hidden_layers=3, layer_types=None)
+    other = fresh(family, num_hidden_layers=3, layer_types=None)
     before = bits(other)
     with pytest.raises(InputError, match=r"made for .*, a model of 4 layers of other sizes"):
         plan.apply(other)
@@ -503,12 +529,13 @@ def test_unknown_settings_and_values_are_refused(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_text_that_is_needed_is_asked_for(name):
     method = made(name, {})
+    model = dense(families(name)[0])
     if not method.windows:
-        plan = method.plan(dense("llama"), progress=False)
-        assert_same_plan(method.plan(dense("llama"), WINDOWS, progress=False), plan)
+        plan = method.plan(model, progress=False)
+        assert_same_plan(method.plan(model, WINDOWS, progress=False), plan)
         return
     with pytest.raises(InputError, match=f"{name} reads calibration text, and none is given"):
-        method.plan(dense("llama"), progress=False)
+        method.plan(model, progress=False)
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if issubclass(METHODS.get(n), Units | Depth)])
