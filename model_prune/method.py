@@ -72,6 +72,24 @@ class Method(ABC):
         Raises InputError for a model that cannot be pruned, calibration that is missing or not
         fit, and activations that are not finite; CheckpointError for a folder that cannot be read.
         """
+        decoder, read = self.opened(model, calibration, device)
+        if self.reads and read is None:
+            raise InputError(
+                f"{self.name} reads calibration text, and none is given: name a text file with "
+                f"--calibration, or pass windows of token ids, int64 [windows, tokens]."
+            )
+        about = self.about(decoder, read.to_dict() if read else None)
+        results = Work(Path(work), about) if work else Work()
+        layers = self.recipe(decoder).layers(decoder, read, results, progress)
+        return Plan(**about, layers=layers)
+
+    def opened(
+        self,
+        model: nn.Module | StrPath,
+        calibration: Calibration | Tensor | None,
+        device: str | None,
+    ) -> tuple[Decoder, Calibration | None]:
+        """The model to look at, and the text, checked; None of it for a method that reads none."""
         decoder = Decoder.of(model, device)
         if self.mixtures != any(dims.experts for dims in decoder.dims):
             raise InputError(
@@ -83,15 +101,14 @@ class Method(ABC):
             )
         if isinstance(calibration, Tensor):
             calibration = Calibration(calibration)
-        if self.reads and calibration is None:
-            raise InputError(
-                f"{self.name} reads calibration text, and none is given: name a text file with "
-                f"--calibration, or pass windows of token ids, int64 [windows, tokens]."
-            )
         read = calibration if self.reads else None
         if read is not None:
             read.check(decoder.config)
-        about: dict[str, Any] = {
+        return decoder, read
+
+    def about(self, decoder: Decoder, calibration: dict[str, Any] | None) -> dict[str, Any]:
+        """What a plan says besides its layers, of a model and a text that were read."""
+        return {
             "method": self.name,
             "settings": self.settings(),
             "model": {
@@ -100,11 +117,8 @@ class Method(ABC):
                 "fingerprint": decoder.fingerprint,
                 "dims": [asdict(dims) for dims in decoder.dims],
             },
-            "calibration": read.to_dict() if read else None,
+            "calibration": calibration,
         }
-        results = Work(Path(work), about) if work else Work()
-        layers = self.recipe(decoder).layers(decoder, read, results, progress)
-        return Plan(**about, layers=layers)
 
     def settings(self) -> dict[str, Any]:
         """The fields, JSON-serialisable."""

@@ -540,6 +540,62 @@ def model(
         report.to_html(html)
 
 
+@app.command()
+def experts(
+    source: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A mixture: a folder, or a hub name.")
+    ],
+    library: Annotated[Path, typer.Argument(help="The folder of patterns, made if need be.")],
+    task: Annotated[
+        str | None, typer.Option(help="A task: to remember, with --calibration, or to plan for.")
+    ] = None,
+    query: Annotated[
+        str | None, typer.Option(help="A text, to find the task that it is nearest to.")
+    ] = None,
+    calibration: Annotated[
+        list[Path] | None, typer.Option(help="Text of the task, plain or .gz; may be repeated.")
+    ] = None,
+    windows: Annotated[int, typer.Option(help="Windows of it to read.")] = 128,
+    tokens: Annotated[int, typer.Option(help="Tokens of a window.")] = 2048,
+    seed: Annotated[int, typer.Option(help="Of which windows are drawn.")] = 0,
+    keep: Annotated[
+        int | None, typer.Option(help="Experts that stay in every layer; half of them.")
+    ] = None,
+    save_plan: Annotated[
+        Path | None, typer.Option(help="Where to keep the plan, for `model --plan`.")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu or cuda; a GPU if there is one by default.")
+    ] = None,
+) -> None:
+    """Remember which experts a task uses, and plan to keep those of a task or of a query's."""
+    from transformers import AutoTokenizer
+
+    from model_prune import Calibration, load_method
+    from model_prune.patterns import Patterns
+    from model_prune.prune import local_folder
+
+    if (task is None) == (query is None):
+        raise InputError("Name a --task, or give a --query to find it by: one of the two.")
+    if task is None and calibration:
+        raise InputError("--calibration is the text of a task: name the task with --task.")
+    patterns, folder = Patterns(library), local_folder(source)
+    method: Any = load_method("premoe", keep=keep)
+    if query is not None or calibration:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    if query is not None:
+        ids = tokenizer(query, return_tensors="pt", add_special_tokens=False)["input_ids"]
+        found = patterns.nearest(folder, ids[0], device=device)
+        for one in found:
+            typer.echo(f"{one.task}: distance {one.distance:.3f}")
+        task = found[0].task
+    elif calibration:
+        read = Calibration.read(calibration, tokenizer, windows=windows, tokens=tokens, seed=seed)
+        patterns.add(str(task), folder, read, method, device=device)
+    if save_plan is not None:
+        patterns.plan(str(task), folder, method, device=device).save(save_plan)
+
+
 @app.command("model-eval")
 def model_eval(
     folder: Annotated[str, typer.Argument(metavar="MODEL", help="A folder, or a hub name.")],

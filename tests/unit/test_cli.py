@@ -690,6 +690,31 @@ def test_a_model_that_cannot_be_pruned(
     assert says in failed(run("model", toy[0], *options))
 
 
+def test_experts_of_a_task_and_of_a_query(run: Run, tmp_path: Path) -> None:
+    from tiny import toy_tokenizer
+    from tiny_mixtures import tiny_mixture
+
+    model, library, out = (tmp_path / name for name in ("model", "library", "out"))
+    tokenizer = toy_tokenizer()
+    tiny_mixture("mixtral", vocab_size=len(tokenizer)).save_pretrained(model)
+    tokenizer.save_pretrained(model)
+    read = ("--windows", "4", "--tokens", "32")
+    for task, words in (("cats", "the cat is big . "), ("radium", "who found radium ? ")):
+        text = tmp_path / f"{task}.txt"
+        text.write_text(words * 100)
+        ran = run("experts", model, library, "--task", task, "--calibration", text, *read)
+        assert (ran.code, ran.out) == (0, "")
+    plan = tmp_path / "plan.json"
+    query = ("--query", "who found radium ? who found", "--keep", "3", "--save-plan", plan)
+    ran = run("experts", model, library, *query)
+    assert re.fullmatch(r"radium: distance 0\.\d+\ncats: distance 0\.\d+\n", ran.out)
+    assert "3/8 experts" in run("model", model, "--plan", plan, "--out", out).out
+    assert json.loads((out / "config.json").read_text())["num_local_experts"] == 3
+    said = failed(run("experts", model, library, "--task", "cat", "--save-plan", plan))
+    assert "knows no task 'cat'. Did you mean 'cats'?" in said
+    assert "one of the two" in failed(run("experts", model, library))
+
+
 def test_nothing_to_measure_on(run: Run, toy: Any) -> None:
     assert "--text FILE, or --task NAME" in failed(run("model-eval", toy[0]))
 
