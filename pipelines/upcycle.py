@@ -23,6 +23,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
+from model_prune.core.target import Dims
 from model_prune.core.work import Tensors, Work
 from prune_core.errors import InputError
 from prune_core.provenance import cpuinfo
@@ -38,7 +39,8 @@ class Upcycling:
 
     layers: the last ones, whose FFNs become experts.   experts, top_k: of each.
     epochs, rate: over an expert's share of its family; router_epochs, router_rate: over a third of
-    all families' rows.   batch: rows of a step.   tokens: longer rows are left out.
+    all families' rows; with 0 epochs they stay as they begin.   batch: rows of a step.
+    tokens: longer rows are left out.
     """
 
     layers: int = 6
@@ -51,10 +53,6 @@ class Upcycling:
     batch: int = 4
     tokens: int = 160
     seed: int = 0
-
-    def family_of(self, expert: int, families: Sequence[str]) -> str:
-        """Which family an expert is trained on: in turn, so that counts differ by one at most."""
-        return families[expert % len(families)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,11 +79,12 @@ def upcycle(
 ) -> Path:
     """Write the folder of a mixture, ready for transformers and vLLM; give it back.
 
-    dense: a folder of a Llama without biases.   families: what to specialise in, 2 or more.
+    dense: a folder of a Llama without biases, whose heads are as wide as hidden_size together.
+    families: what to specialise in, two or more.
     A run that was stopped goes on after the last expert: they are kept in `OUT.work` until the
     mixture is written. Matrices are multiplied in bfloat16 where the CPU has instructions for it.
 
-    Raises InputError for a model that is no Llama, fewer experts than families, and a family
+    Raises InputError for a model that is no such Llama, fewer experts than families, and a family
     without rows that are short enough.
     """
     recipe, out = recipe or Upcycling(), Path(out)
@@ -121,9 +120,13 @@ class _Training:
             dense, dtype=torch.float32, use_safetensors=True
         )
         self.dense.requires_grad_(False)
-        if self.dense.config.model_type != "llama":
+        config = self.dense.config
+        biased = getattr(config, "attention_bias", True) or getattr(config, "mlp_bias", True)
+        heads = Dims.of(config, 0)
+        if config.model_type != "llama" or biased or heads.heads * heads.head_dim != heads.hidden:
             raise InputError(
-                f"Only a Llama can be up-cycled, and this is '{self.dense.config.model_type}'."
+                f"Only a Llama without biases, whose heads together are as wide as hidden_size, "
+                f"can be up-cycled, and '{dense}' is none ('{config.model_type}')."
             )
         if len(families) < 2 or recipe.experts < len(families):
             raise InputError(
@@ -153,7 +156,7 @@ class _Training:
         return {"recipe": asdict(self.recipe), "rows": sums}
 
     def share(self, expert: int) -> list[Row]:
-        """The rows that an expert is trained on."""
+        """The rows that an expert is trained on: families go in turn, a row to one expert only."""
         count, families = self.recipe.experts, len(self.names)
         mates = range(expert % families, count, families)
         return self.rows[self.names[expert % families]][mates.index(expert) :: len(mates)]
@@ -270,6 +273,8 @@ class _Training:
         rate: float,
         what: str,
     ) -> None:
+        if not epochs:
+            return
         for parameter in trained:
             parameter.requires_grad_(True)
         optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0, fused=True)

@@ -68,6 +68,16 @@ before, started = peak(), time.perf_counter()
 AutoModelForCausalLM.from_pretrained(sys.argv[1])
 print(peak() - before, time.perf_counter() - started)
 """
+WRITE = """
+import resource, sys, time
+from model_prune import Plan
+from model_prune.prune import write_pruned
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+import model_prune.checkpoint
+before, started = peak(), time.perf_counter()
+write_pruned(sys.argv[1], sys.argv[3], Plan.load(sys.argv[2]), overwrite=True, progress=False)
+print(peak() - before, time.perf_counter() - started)
+"""
 
 
 def rows(path: Path) -> tuple[dict[str, list[Any]], dict[str, list[Any]]]:
@@ -139,15 +149,16 @@ def windows(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> Calibration:
     return Calibration(whole[:WINDOWS], "training rows")
 
 
-def loaded(folder: Path) -> dict[str, float]:
-    """What loading takes, in a process of its own."""
-    command = [sys.executable, "-W", "ignore", "-c", LOAD, str(folder)]
+def alone(script: str, *arguments: Path) -> dict[str, float]:
+    """What a script takes in a process of its own, beyond the libraries."""
+    command = [sys.executable, "-W", "ignore", "-c", script, *map(str, arguments)]
     out = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
-    return {
-        "file": open_checkpoint(folder).nbytes,
-        "memory": int(out[0]),
-        "seconds": round(float(out[1]), 1),
-    }
+    return {"memory": int(out[0]), "seconds": round(float(out[1]), 1)}
+
+
+def loaded(folder: Path) -> dict[str, float]:
+    """What loading takes."""
+    return {"file": open_checkpoint(folder).nbytes, **alone(LOAD, folder)}
 
 
 class Bench:
@@ -261,6 +272,9 @@ def main() -> None:
             if f"loading {size}" not in bench.known:
                 write_pruned(mixture, folder, plan, overwrite=True, progress=False)
             bench.once(f"loading {size}", lambda f=folder: loaded(f))
+            plan.save(work / "plan.json")
+            paths = (mixture, work / "plan.json", work / "written")
+            bench.once(f"writing {size}", lambda p=paths: alone(WRITE, *p))
 
     write_json(HERE / "experts.json", figures(bench.known, recipe, trained, encoded, kept))
     print(json.dumps(retrieved))
@@ -323,6 +337,7 @@ def figures(
             "right": sum(found[family][family] for family in FAMILIES),
             "queries": sum(sum(row.values()) for row in found.values()),
         },
+        "writing": {size: known[f"writing {size}"] for size in ("half", "quarter")},
         "loading": {size: known[f"loading {size}"] for size in ("all", "half", "quarter")},
         "kept": {name: layers for name, layers in kept.items() if "random" not in name},
     }

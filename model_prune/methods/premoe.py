@@ -32,8 +32,7 @@ class PreMoe(Method):
     Defaults: half of the experts; the model's own number of experts a token, no threshold (the
     code has 1, and none). The code reads 2,048 windows of 2,048 tokens; here 128 are.
     Differs: the score is the router's probability, not its raw logit: negative logits would put an
-    expert that is used below one that never is. Ranks in a layer are those of the layer itself;
-    the code keeps the first layer's ranks, carried over to the others by a permutation.
+    expert that is used below one that never is.
     Cost: one forward pass over the calibration text.
 
     keep: experts that stay in every layer.

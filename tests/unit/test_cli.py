@@ -699,15 +699,15 @@ def test_experts_of_a_task_and_of_a_query(run: Run, tmp_path: Path) -> None:
     tiny_mixture("mixtral", vocab_size=len(tokenizer)).save_pretrained(model)
     tokenizer.save_pretrained(model)
     read = ("--windows", "4", "--tokens", "32")
-    for task, words in (("cats", "the cat is big . "), ("radium", "who found radium ? ")):
+    for task, words in (("cats", "the cat is in paris . "), ("them", "not one of them saw it ? ")):
         text = tmp_path / f"{task}.txt"
         text.write_text(words * 100)
         ran = run("experts", model, library, "--task", task, "--calibration", text, *read)
         assert (ran.code, ran.out) == (0, "")
     plan = tmp_path / "plan.json"
-    query = ("--query", "who found radium ? who found", "--keep", "3", "--save-plan", plan)
+    query = ("--query", "not one of them saw it ? not one", "--keep", "3", "--save-plan", plan)
     ran = run("experts", model, library, *query)
-    assert re.fullmatch(r"radium: distance 0\.\d+\ncats: distance 0\.\d+\n", ran.out)
+    assert re.fullmatch(r"them: distance 0\.\d+\ncats: distance 0\.\d+\n", ran.out)
     assert "3/8 experts" in run("model", model, "--plan", plan, "--out", out).out
     assert json.loads((out / "config.json").read_text())["num_local_experts"] == 3
     said = failed(run("experts", model, library, "--task", "cat", "--save-plan", plan))
