@@ -16,6 +16,7 @@ Mixtures of experts lose the same number in every layer, so theirs remain the st
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -190,11 +191,11 @@ def pruned_config(
     the family's pruned one.
 
     Raises InputError if no layer stays, or dims and kept_layers do not belong together; of a
-    mixture of experts, if a layer is removed, or layers do not keep the same number of experts.
+    mixture, if anything but experts goes, or layers do not keep the same number of them.
     """
     family = family_of(config)
     if family in MIXTURES:
-        return _fewer_experts(config, family, dims)
+        return _fewer_experts(config, family, dims, biases)
     if not dims or len(dims) != len(kept_layers):
         raise InputError(
             f"{len(dims)} layers have sizes and {len(kept_layers)} are kept: keep one layer at "
@@ -228,13 +229,19 @@ def pruned_config(
     return result
 
 
-def _fewer_experts(config: Any, family: str, dims: Sequence[Dims]) -> Any:
+def _fewer_experts(config: Any, family: str, dims: Sequence[Dims], biases: bool) -> Any:
     counts = sorted({each.experts for each in dims if each.experts})
-    if len(dims) != config.num_hidden_layers or len(counts) != 1:
+    before = [Dims.of(config, i) for i in range(config.num_hidden_layers)]
+    one, other = ([replace(each, experts=0) for each in sizes] for sizes in (dims, before))
+    if one != other or biases:
         raise InputError(
-            f"Layers of a mixture must all stay, and with as many experts in each; got "
-            f"{len(dims)} of {config.num_hidden_layers} layers, with {counts} experts: keep the "
-            f"same number everywhere."
+            f"Of a mixture only experts can go, and all of its {len(before)} layers must stay: "
+            f"plan with a method of the family 'experts'."
+        )
+    if len(counts) != 1:
+        raise InputError(
+            f"All layers of a mixture must have as many experts, and these would have {counts}: "
+            f"keep the same number everywhere."
         )
     if counts[0] < config.num_experts_per_tok:
         raise InputError(

@@ -23,6 +23,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
+from model_prune.checkpoint import open_checkpoint
 from model_prune.core.target import Dims
 from model_prune.core.work import Tensors, Work
 from prune_core.errors import InputError
@@ -149,11 +150,14 @@ class _Training:
         self.upper = self.dense.model.layers[-recipe.layers :]
         # What the frozen layers below give, once for all epochs.
         self._below: dict[int, Tensor] = {}
+        self._order = torch.Generator()  # of rows
+        self._folder = dense
 
     @property
     def fingerprint(self) -> dict[str, Any]:
         sums = {name: [int(r.ids.sum()) for r in rows] for name, rows in self.rows.items()}
-        return {"recipe": asdict(self.recipe), "rows": sums}
+        dense = open_checkpoint(self._folder).fingerprint
+        return {"recipe": asdict(self.recipe), "rows": sums, "dense": dense}
 
     def share(self, expert: int) -> list[Row]:
         """The rows that an expert is trained on: families go in turn, a row to one expert only."""
@@ -163,7 +167,7 @@ class _Training:
 
     def branch(self, expert: int) -> Tensors:
         """The FFNs of one expert, trained on its share: weights by "3.up_proj.weight"."""
-        torch.manual_seed(self.recipe.seed + expert)
+        self._order.manual_seed(self.recipe.seed + expert)
         layers = copy.deepcopy(self.upper)
         trained = [p for layer in layers for p in layer.mlp.parameters()]
         rows = self.share(expert)
@@ -176,7 +180,7 @@ class _Training:
 
     def routers(self, mixture: Any) -> Tensors:
         """The routers' weights, trained with all else frozen, by their module's name."""
-        torch.manual_seed(self.recipe.seed)
+        self._order.manual_seed(self.recipe.seed)
         layers = mixture.model.layers[-self.recipe.layers :]
         for layer, centres in zip(layers, self._centres(), strict=True):
             layer.mlp.gate.weight.data.copy_(centres)
@@ -308,7 +312,11 @@ class _Training:
         self, rows: Sequence[Row], shuffle: bool = True
     ) -> Iterator[tuple[Tensor, tuple[Tensor, Tensor], Sequence[Row]]]:
         """Hidden states, padded on the right, where no causal attention looks; rotary; rows."""
-        order = torch.randperm(len(rows)).tolist() if shuffle else range(len(rows))
+        order = (
+            torch.randperm(len(rows), generator=self._order).tolist()
+            if shuffle
+            else range(len(rows))
+        )
         self._pass_below([row for row in rows if id(row) not in self._below])
         for batch in _cut([rows[i] for i in order], self.recipe.batch):
             hidden = pad_sequence([self._below[id(row)] for row in batch], batch_first=True)
