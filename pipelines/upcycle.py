@@ -2,7 +2,7 @@
 
 Real mixtures are too large for a laptop, and random ones have nothing to specialise in. This makes
 one of the Qwen2-MoE architecture out of a Llama: its last layers' FFNs are copied into experts,
-each copy is trained on a share of one family of tasks with all else frozen, and then routers learn
+each copy is trained on one family of tasks with all else frozen, and then routers learn
 to send tokens to the frozen experts (branch-train-mix: Sukhbaatar et al. 2024, arXiv:2403.07816;
 copies of a trained FFN: Komatsuzaki et al. 2022, arXiv:2212.05055). Before training, the mixture
 computes what the dense model does, as its experts are all alike and their weights sum to one.
@@ -39,16 +39,16 @@ class Upcycling:
     """How a dense model becomes a mixture.
 
     layers: the last ones, whose FFNs become experts.   experts, top_k: of each.
-    epochs, rate: over an expert's share of its family; router_epochs, router_rate: over a third of
-    all families' rows; with 0 epochs they stay as they begin.   batch: rows of a step.
-    tokens: longer rows are left out.
+    epochs, rate: over an expert's family, in an order of its own; router_epochs, router_rate: over
+    a third of all families' rows; with 0 epochs they stay as they begin.
+    batch: rows of a step.   tokens: longer rows are left out.
     """
 
     layers: int = 6
     experts: int = 8
     top_k: int = 2
-    epochs: int = 3
-    rate: float = 5e-4
+    epochs: int = 1
+    rate: float = 8e-4
     router_epochs: int = 1
     router_rate: float = 3e-3
     batch: int = 4
@@ -160,10 +160,8 @@ class _Training:
         return {"recipe": asdict(self.recipe), "rows": sums, "dense": dense}
 
     def share(self, expert: int) -> list[Row]:
-        """The rows that an expert is trained on: families go in turn, a row to one expert only."""
-        count, families = self.recipe.experts, len(self.names)
-        mates = range(expert % families, count, families)
-        return self.rows[self.names[expert % families]][mates.index(expert) :: len(mates)]
+        """The rows that an expert is trained on: a family's, which go to the experts in turn."""
+        return self.rows[self.names[expert % len(self.names)]]
 
     def branch(self, expert: int) -> Tensors:
         """The FFNs of one expert, trained on its share: weights by "3.up_proj.weight"."""

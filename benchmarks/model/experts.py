@@ -59,25 +59,23 @@ FAMILIES = {
 }
 TRAINED, HELD = 360, 80  # rows of a family at most
 WINDOWS, TOKENS = 32, 128  # of training rows, to choose experts on
-QUERIES, SEEDS = 40, 5
-LOAD = """
-import resource, sys, time
-from transformers import AutoModelForCausalLM
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-before, started = peak(), time.perf_counter()
-AutoModelForCausalLM.from_pretrained(sys.argv[1])
-print(peak() - before, time.perf_counter() - started)
-"""
-WRITE = """
-import resource, sys, time
+QUERIES, SEEDS = 20, 5
+PEAK = """
+import re, sys, time
 from model_prune import Plan
 from model_prune.prune import write_pruned
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-import model_prune.checkpoint
+from transformers import AutoModelForCausalLM, Qwen2MoeForCausalLM
+peak = lambda: 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 before, started = peak(), time.perf_counter()
-write_pruned(sys.argv[1], sys.argv[3], Plan.load(sys.argv[2]), overwrite=True, progress=False)
-print(peak() - before, time.perf_counter() - started)
 """
+LOAD = """
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+sum(float(weight.sum()) for weight in model.parameters())  # or they are not in memory yet
+"""
+WRITE = """
+write_pruned(sys.argv[1], sys.argv[3], Plan.load(sys.argv[2]), overwrite=True, progress=False)
+"""
+TOLD = "print(peak() - before, time.perf_counter() - started)"
 
 
 def rows(path: Path) -> tuple[dict[str, list[Any]], dict[str, list[Any]]]:
@@ -151,7 +149,7 @@ def windows(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> Calibration:
 
 def alone(script: str, *arguments: Path) -> dict[str, float]:
     """What a script takes in a process of its own, beyond the libraries."""
-    command = [sys.executable, "-W", "ignore", "-c", script, *map(str, arguments)]
+    command = [sys.executable, "-W", "ignore", "-c", PEAK + script + TOLD, *map(str, arguments)]
     out = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
     return {"memory": int(out[0]), "seconds": round(float(out[1]), 1)}
 
@@ -235,7 +233,7 @@ def main() -> None:
     for family in FAMILIES:
         variants[f"premoe {family}"] = (family, PreMoe(keep=4), every)
         variants[f"frequency {family}"] = (family, PreMoe(keep=4, score="frequency"), (family,))
-        variants[f"2 experts, premoe {family}"] = (family, PreMoe(keep=2), (family,))
+        variants[f"2 experts, premoe {family}"] = (family, PreMoe(keep=2), every)
     for seed in range(SEEDS):
         method = PreMoe(keep=4, score="random", seed=seed)
         variants[f"random {seed}"] = ("facts", method, every)
@@ -305,6 +303,7 @@ def figures(
             "random": randoms,
             "others": others,
             "2 experts, premoe": [f"2 experts, premoe {family}"],
+            "2 experts, others": [f"2 experts, {name}" for name in others],
             "2 experts, random": [f"2 experts, random {seed}" for seed in range(3)],
         }
         own = of(choices["premoe"], family)

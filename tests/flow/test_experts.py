@@ -1,7 +1,7 @@
 """PreMoe's claims, on a mixture that learns two languages: a language's experts carry it.
 
 Both languages have the same 64 words, so that only the grammar tells them apart. Margins are half
-of what was measured first; docs/experts.md has figures of a larger mixture.
+of the least that was measured first; docs/experts.md has figures of a larger mixture.
 """
 
 import copy
@@ -15,7 +15,7 @@ from model_prune.patterns import Patterns
 
 pytestmark = pytest.mark.slow
 
-WORDS, LENGTH, EXPERTS, SEED = 64, 24, 16, 0
+WORDS, LENGTH, EXPERTS, SEEDS = 64, 24, 16, (0, 1, 2)
 CHANCES = torch.tensor([0.7, 0.2, 0.1])  # of the three words that may follow a word
 
 
@@ -36,10 +36,16 @@ HELD = {name: sentences(number, 64, 10 + number) for name, number in LANGUAGES.i
 TEXTS = {name: sentences(number, 32, 20 + number) for name, number in LANGUAGES.items()}
 
 
+@pytest.fixture(scope="module", params=SEEDS)
+def seed(request):
+    """Of the mixture that is trained."""
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def mixture():
+def mixture(seed):
     """Two layers of 16 experts, 2 a token, after 300 steps; half a minute."""
-    torch.manual_seed(SEED)
+    torch.manual_seed(seed)
     config = MixtralConfig(
         vocab_size=WORDS,
         hidden_size=64,
@@ -75,45 +81,45 @@ def half(mixture, language, **settings):
 
 
 @pytest.fixture(scope="module")
-def losses(mixture):
+def losses(mixture, seed):
     """Of each language by all experts, and by halves: (half, language)."""
     found = {("all", language): loss(mixture, language) for language in LANGUAGES}
     plans = {name: half(mixture, name) for name in LANGUAGES}
     plans |= {f"frequency {name}": half(mixture, name, score="frequency") for name in LANGUAGES}
-    plans |= {f"random {s}": half(mixture, "A", score="random", seed=s) for s in range(5)}
+    plans |= {f"random {i}": half(mixture, "A", score="random", seed=i) for i in range(5)}
     for name, plan in plans.items():
         model = plan.apply(copy.deepcopy(mixture))
         found |= {(name, language): loss(model, language) for language in LANGUAGES}
-    print(f"seed {SEED}:", {" on ".join(key): round(value, 3) for key, value in found.items()})
+    print(f"seed {seed}:", {" on ".join(key): round(value, 3) for key, value in found.items()})
     return found
 
 
-def test_languages_keep_experts_of_their_own(mixture):
+def test_languages_keep_experts_of_their_own(mixture, seed):
     shares = [
         len(set(a.units["expert"].tolist()) & set(b.units["expert"].tolist())) / (EXPERTS // 2)
         for a, b in zip(half(mixture, "A").layers, half(mixture, "B").layers, strict=True)
     ]
-    print(f"seed {SEED}: experts in common, by layer: {shares}; less than 0.6 on average")
+    print(f"seed {seed}: experts in common, by layer: {shares}; less than 0.6 on average")
     assert sum(shares) / len(shares) < 0.6
 
 
 @pytest.mark.parametrize(("own", "other"), [("A", "B"), ("B", "A")])
 def test_a_language_loses_less_with_its_own_half(losses, own, other):
     mine, theirs = losses[own, own], losses[other, own]
-    drawn = sum(losses[f"random {seed}", own] for seed in range(5)) / 5
+    drawn = sum(losses[f"random {i}", own] for i in range(5)) / 5
     print(f"{own}: {mine:.3f}, with {other}'s half {theirs:.3f}, at random {drawn:.3f} (seeds 0-4)")
-    assert mine < theirs - 0.7
-    assert mine < drawn - 0.5
+    assert mine < theirs - 0.6
+    assert mine < drawn - 0.3
     assert mine < losses[f"frequency {own}", own] + 0.05  # it may tie with counting
 
 
-def test_queries_find_their_language(mixture, tmp_path):
+def test_queries_find_their_language(mixture, seed, tmp_path):
     library = Patterns(tmp_path)
     for name, text in TEXTS.items():
         library.add(name, mixture, text, progress=False)
     right = 0
     for name, number in LANGUAGES.items():
-        for query in sentences(number, 10, 30 + number):
+        for query in sentences(number, 20, 30 + number).view(10, -1):  # two sentences each
             right += library.nearest(mixture, query)[0].task == name
-    print(f"seed {SEED}: {right} of 20 queries of {LENGTH} words find their language")
+    print(f"seed {seed}: {right} of 20 queries of {2 * LENGTH} words find their language")
     assert right == 20
