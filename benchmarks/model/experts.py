@@ -57,9 +57,9 @@ FAMILIES = {
         *("quarel_choose_between", "quarel_testing_students"),
     ),
 }
-TRAINED, HELD = 360, 80  # rows of a family at most
+TRAINED, HELD = 360, 60  # rows of a family at most
 WINDOWS, TOKENS = 32, 128  # of training rows, to choose experts on
-QUERIES, SEEDS = 20, 5
+QUERIES, SEEDS = 10, 3
 PEAK = """
 import re, sys, time
 from model_prune import Plan
