@@ -704,6 +704,64 @@ def anything_decoder() -> str:
     return table(["a fifth of the layers' weights cut", "WikiText-2", "seconds"], shown)
 
 
+def experts() -> str:
+    report = results("experts", "model")
+    figures = report["figures"]
+    names = {
+        "dense": "the dense model, untrained",
+        "all": "all 8 experts",
+        "premoe": "4: PreMoe, of the task",
+        "frequency": "4: chosen most often",
+        "others": "4: PreMoe, of the other tasks (mean)",
+        "random": "4: random (mean of 3 seeds)",
+        "2 experts, premoe": "2: PreMoe, of the task",
+        "2 experts, others": "2: PreMoe, of the other tasks (mean)",
+        "2 experts, random": "2: random (mean of 3 seeds)",
+    }
+    head = ["experts that stay in a layer"]
+    for family, rows in report["rows"].items():
+        head += [f"{family}, {rows['held']} rows: right", "tokens right", "loss"]
+    return table(
+        head,
+        [
+            [label]
+            + [
+                cell
+                for family in figures
+                for cell in (
+                    f"{100 * figures[family][name]['right']:.1f} %",
+                    f"{100 * figures[family][name]['tokens']:.1f} %",
+                    f"{figures[family][name]['loss']:.3f}",
+                )
+            ]
+            for name, label in names.items()
+        ],
+    )
+
+
+def experts_cost() -> str:
+    report = results("experts", "model")
+    loading, writing = report["loading"], report["writing"]
+    names = {"all": "all 8", "half": "4", "quarter": "2"}
+    return table(
+        [
+            *("experts in a layer", "file, MB", "memory to load it, MB", "seconds"),
+            *("memory to write it, MB", "seconds"),
+        ],
+        [
+            [label, f"{loading[size]['file'] / 1e6:.0f}"]
+            + [
+                cell
+                for took in (loading[size], writing.get(size))
+                for cell in (
+                    (f"{took['memory'] / 1e6:.0f}", f"{took['seconds']:.1f}") if took else ("", "")
+                )
+            ]
+            for size, label in names.items()
+        ],
+    )
+
+
 def install() -> str:
     rows = [
         [f"`{r['what']}`", str(r["packages"]), str(r["megabytes"]), str(r["seconds"]), r["torch"]]
@@ -748,6 +806,8 @@ TABLES = {
     "vllm-pooling": vllm_pooling,
     "throughput": throughput,
     "throughput-parts": throughput_parts,
+    "experts": experts,
+    "experts_cost": experts_cost,
     "heads": heads,
     "kv_attention": kv_attention,
     "kv_capacity": kv_capacity,
