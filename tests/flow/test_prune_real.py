@@ -92,7 +92,6 @@ def test_a_searched_allocation_beats_a_uniform_one_by_the_same_pruner(pruned):
         ("flap", {}),
         ("cfsp", {}),
         ("amp", {}),
-        ("prunenet", {"episodes": 5}),
         ("llm_pruner", {}),
         ("spa", {}),
         ("obspa", {}),
