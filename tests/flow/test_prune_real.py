@@ -77,7 +77,7 @@ def test_flips_of_few_weights_improve_wanda(pruned):
 
 
 def test_a_searched_allocation_beats_a_uniform_one_by_the_same_pruner(pruned):
-    """By 128 candidates and a text of 2,048 tokens; more of both do more."""
+    """By 64 candidates and a text of 2,048 tokens; more of both do more."""
     settings = {"remove": 0.3, "generations": 4, "offspring": 8}
     settings |= {"survivors": (2, 1), "judged_by": (512, 2048)}
     searched = pruned("tyr", **settings, iterations=2)[0]
