@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -48,7 +48,7 @@ def gradients(
     square = {name: torch.zeros_like(total) for name, total in mean.items()} if squares else {}
     count, tokens = calibration.windows.shape
     batch = 1 if squares else max(1, BATCH_TOKENS // tokens)
-    with evaluating(model), _differentiable(model, weights.values()), torch.enable_grad():
+    with evaluating(model), differentiable(model, weights.values()), torch.enable_grad():
         for windows, loss in _losses(model, calibration, batch, progress):
             found = torch.autograd.grad(loss, list(weights.values()))
             for name, gradient in zip(weights, found, strict=True):
@@ -71,7 +71,7 @@ def curvature(
     # Fused attention has no second derivative.
     with (
         evaluating(model),
-        _differentiable(model, weights.values()),
+        differentiable(model, weights.values()),
         torch.enable_grad(),
         sdpa_kernel(SDPBackend.MATH),
     ):
@@ -135,8 +135,8 @@ def check_memory(decoder: Decoder, *, squares: bool, progress: bool) -> None:
 
 
 @contextmanager
-def _differentiable(model: nn.Module, weights: Any) -> Iterator[None]:
-    """Gradients of these weights alone."""
+def differentiable(model: nn.Module, weights: Iterable[Tensor]) -> Iterator[None]:
+    """Gradients of these weights alone, while the block runs."""
     asked = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         model.requires_grad_(False)

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from model_prune.core.allocate import check_least
 from model_prune.core.calibration import Calibration
 from model_prune.core.decoder import Decoder
-from model_prune.core.gradients import BATCH_TOKENS, check_memory
+from model_prune.core.gradients import BATCH_TOKENS, check_memory, differentiable
 from model_prune.core.mask import element_masks
 from model_prune.core.mode import evaluating
 from model_prune.core.plan import LayerPlan, pack, unpack
@@ -189,19 +189,13 @@ class _Search:
     @contextmanager
     def masked(self) -> Iterator[None]:
         """The model with masked weights, gradients of these alone; afterwards as it was."""
-        asked = [(p, p.requires_grad, p.grad) for p in self.model.parameters()]
-        try:
-            self.model.requires_grad_(False)
-            self.take(self.masks)
-            for weight in self.weights.values():
-                weight.requires_grad_(True)
-            yield
-        finally:
-            for name, weight in self.weights.items():
-                weight.data = self.dense[name]
-            for parameter, was, gradient in asked:
-                parameter.requires_grad_(was)
-                parameter.grad = gradient
+        with differentiable(self.model, self.weights.values()):
+            try:
+                self.take(self.masks)
+                yield
+            finally:
+                for name, weight in self.weights.items():
+                    weight.data = self.dense[name]
 
     def take(self, masks: dict[str, Tensor]) -> None:
         self.masks = masks
