@@ -20,12 +20,11 @@ from model_prune.core.decoder import Decoder
 from model_prune.core.plan import LayerPlan
 from model_prune.core.statistics import Gram, Moments, Statistic
 from model_prune.core.target import Dims, Family
-from model_prune.core.units import READER, SITE, places
+from model_prune.core.units import FAMILY, READER, SITE, places
 from model_prune.core.work import Layers, Tensors, Work
 from prune_core.errors import InputError
 
 Compensation = Literal["none", "bias", "least_squares"]
-_FAMILY = {site: family for family, site in SITE.items()}
 
 
 class UnitScores(ABC):
@@ -83,7 +82,7 @@ class Gathered(UnitScores):
         """See UnitScores."""
         if self.signal and site == "block":
             return {"signal": torch.tensor([self.signal[1](statistics["signal"])])}
-        family = _FAMILY[site]
+        family = FAMILY[site]
         if family not in self.families:
             return {}
         return {family: self.score(family, layer, statistics, dims)}
@@ -191,7 +190,7 @@ class Structured:
         solved = dict(self.scores.solve(layer, dims, site, statistics))
         found = statistics.get(self.compensation)
         if found is not None:
-            name = f"{self.compensation}.{_FAMILY[site]}"
+            name = f"{self.compensation}.{FAMILY[site]}"
             solved[name] = found.mean if self.compensation == "bias" else found.total()
         return solved
 

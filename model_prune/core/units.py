@@ -22,6 +22,7 @@ MEMBERS: dict[Family, dict[str, int]] = {
 }
 # The input that a family's outputs are, and the matrix that reads it.
 SITE: dict[Family, str] = {"kv_group": "attn_out", "neuron": "mlp_mid"}
+FAMILY: dict[str, Family] = {site: family for family, site in SITE.items()}
 READER: dict[Family, str] = {"kv_group": "self_attn.o_proj", "neuron": "mlp.down_proj"}
 
 

@@ -23,14 +23,13 @@ from model_prune.core.linear import multiply
 from model_prune.core.plan import LayerPlan
 from model_prune.core.statistics import Gram
 from model_prune.core.target import UNITS, Family
-from model_prune.core.units import READER, SITE, places
+from model_prune.core.units import FAMILY, READER, SITE, places
 from model_prune.core.work import Tensors, Work
 
 Part = tuple[int, Family]  # of a network: the units of one kind in one layer
 Removed = Mapping[Part, int]  # how many of them go
 Offers = Mapping[Part, Sequence[int]]  # how many may go: the levels at which versions are made
 
-FAMILY = {site: family for family, site in SITE.items()}
 STATES = 1 << 30  # bytes of hidden states at once
 HEAD_TOKENS = 1024  # whose logits are computed at once
 
