@@ -19,7 +19,7 @@ from model_prune.core.compensate import inverse_factor, least_squares, rise
 from model_prune.core.mode import evaluating
 from model_prune.core.statistics import Gram
 from model_prune.graph.importance import Of, lowest
-from model_prune.graph.network import Family, Kept, Network
+from model_prune.graph.network import Kept, Network
 from prune_core.errors import InputError
 
 
@@ -62,19 +62,21 @@ class Readers:
         inner = torch.arange(self.each[name])
         return (positions[..., None] * self.each[name] + inner).flatten(-2)
 
-    def costs(self, family: Family) -> Tensor | None:
-        """What the error of all readers rises by without a channel, float64 [channels].
+    def costs(self, network: Network) -> dict[str, Tensor]:
+        """What the error of all readers rises by without a channel, by family, float64 [channels].
 
-        None where nothing that reads it is known here. Source: as of `obspa`.
+        Of families that something reads which is known here. Source: as of `obspa`.
         """
-        total: Tensor | None = None
-        for (name, dim), positions in family.members.items():
-            if self.dims.get(name) == dim:
-                factor = inverse_factor(self.grams[name])
-                columns = self.columns(name, positions)
-                cost = rise(self.weights[name], factor.T @ factor, columns).double().cpu()
-                total = cost if total is None else total + cost
-        return total
+        total: dict[str, Tensor] = {}
+        for name, weight in self.weights.items():
+            factor = inverse_factor(self.grams[name])
+            inverse = factor.T @ factor
+            for family in network.families:
+                positions = family.members.get((name, self.dims[name]))
+                if positions is not None:
+                    cost = rise(weight, inverse, self.columns(name, positions)).double().cpu()
+                    total[family.name] = total.get(family.name, 0) + cost
+        return {f.name: total[f.name] for f in network.families if f.name in total}
 
     def refitted(self, network: Network, kept: Kept) -> dict[str, Tensor]:
         """Weights that make up for channels that go, by parameter; their columns are zero."""
@@ -205,9 +207,7 @@ def obspa(
     `lowest`.
     """
     readers = Readers.of(network, inputs)
-    costs = {family.name: readers.costs(family) for family in network.families}
-    table = {name: cost for name, cost in costs.items() if cost is not None}
-    kept = lowest(network, table, remove, of)
+    kept = lowest(network, readers.costs(network), remove, of)
     return kept, network.cut(kept, readers.refitted(network, kept))
 
 

@@ -199,13 +199,13 @@ def test_a_channels_cost_is_what_the_best_refit_without_it_loses(network):
     with torch.no_grad():
         hidden, last = network.model[:3](x), network.model[:7](x)
     rows, weight = patches(hidden), network.model[3].weight.detach().flatten(1)
-    found = readers.costs(network.family("0"))
+    found = readers.costs(network)["0"]
     for channel in (0, 3, 7):
         columns = set(range(9 * channel, 9 * channel + 9))
         expected = refit_error(rows, weight, columns) / 2
         assert float(found[channel]) == pytest.approx(expected, rel=1e-2)
     weight = network.model[7].weight.detach()
-    found = readers.costs(network.family("3"))
+    found = readers.costs(network)["3"]
     for channel in (1, 11):
         columns = set(range(4 * channel, 4 * channel + 4))
         expected = refit_error(last, weight, columns) / 2
@@ -233,8 +233,7 @@ def test_refitting_brings_the_output_nearer(network):
 def test_obspa_is_its_parts_and_nearer_than_magnitude(network):
     x = images(64)
     readers = Readers.of(network, [x])
-    table = {family.name: readers.costs(family) for family in network.families}
-    kept = lowest(network, table, 0.4, "flops")
+    kept = lowest(network, readers.costs(network), 0.4, "flops")
     expected = network.cut(kept, readers.refitted(network, kept))
     _, found = obspa(network, [x], 0.4, "flops")
     with torch.no_grad():
