@@ -7,6 +7,7 @@ as `Traced`, and gives what comes out as `Traced`. What an operator without a ru
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -148,47 +149,21 @@ def _attention(
     return Traced(shape, [*query.labels[:-3], joined, query.labels[-2], value.labels[-1]])
 
 
-@rule("conv1d", "conv2d", "conv3d")
-def _convolution(
-    trace: Trace,
-    shape: Shape,
-    x: Traced,
-    weight: Traced,
-    bias: Traced | None = None,
-    *args: Any,
-    groups: int = 1,
-    **_: Any,
-) -> Traced:
-    groups = args[3] if len(args) > 3 else groups
-    return _convolved(trace, shape, x, weight, (0, 1), bias, groups)
-
-
-@rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
-def _transposed(
-    trace: Trace,
-    shape: Shape,
-    x: Traced,
-    weight: Traced,
-    bias: Traced | None = None,
-    *args: Any,
-    groups: int = 1,
-    **_: Any,
-) -> Traced:
-    groups = args[3] if len(args) > 3 else groups
-    if groups > 1:
-        return trace.opaque([x, weight, bias], shape)
-    return _convolved(trace, shape, x, weight, (1, 0), bias, 1)
-
-
 def _convolved(
+    dims: tuple[int, int],
     trace: Trace,
     shape: Shape,
     x: Traced,
     weight: Traced,
-    dims: tuple[int, int],
-    bias: Traced | None,
-    groups: int,
+    bias: Traced | None = None,
+    *args: Any,
+    groups: int = 1,
+    **_: Any,
 ) -> Traced:
+    """dims: those of the weight that is written, and that is read."""
+    groups = args[3] if len(args) > 3 else groups
+    if groups > 1 and dims == (1, 0):  # whose groups lie in the dimension that is read
+        return trace.opaque([x, weight, bias], shape)
     written, read = (weight.labels[dim] for dim in dims)
     if bias is not None:
         written = trace.same(written, bias.labels[0])
@@ -208,6 +183,10 @@ def _convolved(
     for labels in (*x.labels[2:], *weight.labels[2:]):
         trace.stay(labels)
     return Traced(shape, [x.labels[0], written, *[None] * (len(shape) - 2)])
+
+
+rule("conv1d", "conv2d", "conv3d")(partial(_convolved, (0, 1)))
+rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")(partial(_convolved, (1, 0)))
 
 
 @rule("embedding")
