@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from base64 import b64encode
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -39,16 +39,14 @@ BATCH = 32
 
 
 @dataclass(frozen=True, kw_only=True)
-class Spa:
-    """Group importance by a criterion; see `graph.importance`.
+class Settings:
+    """Of both methods.
 
-    remove: share of `of` that goes.   rows: of data, that gradients are taken over.
+    remove: share of `of` that goes.   rows: of data or noise that are read.
     """
 
     remove: float = 0.5
     of: Of = "parameters"
-    criterion: Literal["magnitude", "snip", "grasp", "random"] = "magnitude"
-    reduce: Reduce = "sum"
     rows: int = 256
     seed: int = 0
 
@@ -57,16 +55,16 @@ class Spa:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Obspa:
-    """The update without training; see `graph.readers.obspa`.   rows: of data or noise."""
+class Spa(Settings):
+    """Group importance by a criterion; see `graph.importance`."""
 
-    remove: float = 0.5
-    of: Of = "parameters"
-    rows: int = 256
-    seed: int = 0
+    criterion: Literal["magnitude", "snip", "grasp", "random"] = "magnitude"
+    reduce: Reduce = "sum"
 
-    def __post_init__(self) -> None:
-        check_share("remove", self.remove)
+
+@dataclass(frozen=True, kw_only=True)
+class Obspa(Settings):
+    """The update without training; see `graph.readers.obspa`."""
 
 
 METHODS: dict[str, Any] = {"spa": Spa, "obspa": Obspa}
@@ -207,7 +205,7 @@ def _cut(network: Network, chosen: Any, rows: Rows | None) -> tuple[Mapping[str,
 
 
 def _noise(model: Any, chosen: Obspa) -> Iterator[Any]:
-    fixed = _shape(model, model.inputs[0].name)[0]
+    fixed = model.sizes_of(model.inputs[0].name)[0]
     return noise(model.example(), chosen.rows, fixed or BATCH, chosen.seed)
 
 
@@ -242,7 +240,7 @@ class Rows:
             )
         arrays = []
         for name, example in zip(names, inputs, strict=True):
-            array, wanted = given[name], _shape(network, name)
+            array, wanted = given[name], network.sizes_of(name)
             fits = array.ndim == example.ndim and all(
                 not w or w == n for w, n in zip(wanted[1:], array.shape[1:], strict=True)
             )
@@ -254,7 +252,7 @@ class Rows:
                 )
             arrays.append(torch.from_numpy(array).to(example.dtype))
         count = len(arrays[0])
-        fixed = _shape(network, names[0])[0]
+        fixed = network.sizes_of(names[0])[0]
         size = fixed or min(BATCH, count)
         if any(len(array) != count for array in arrays) or count < size:
             raise InputError(
@@ -281,8 +279,3 @@ class Rows:
         assert self.labels is not None, "checked by the caller"
         found = torch.cat([model(*batch)[0] for batch in self.batches()])
         return cross_entropy(found.flatten(0, -2).float(), self.labels.flatten())
-
-
-def _shape(network: OnnxNetwork, name: str) -> Sequence[int]:
-    (found,) = (each for each in network.inputs if each.name == name)
-    return [dim.dim_value for dim in found.type.tensor_type.shape.dim]

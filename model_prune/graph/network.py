@@ -273,7 +273,7 @@ def _traced(
             f"takes."
         ) from error
     trace, tensors, shared = Trace(), {}, {}
-    own = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+    own = all_tensors(model)
     specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
     values: dict[Any, Any] = {}
     for node in program.graph.nodes:

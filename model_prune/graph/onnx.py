@@ -130,6 +130,11 @@ class OnnxNetwork(nn.Module):
         known = {*self.paths, *self.constants}
         return [each for each in self.proto.graph.input if each.name not in known]
 
+    def sizes_of(self, name: str) -> list[int]:
+        """Of an input's axes; 0 where the file leaves one open."""
+        (found,) = (each for each in self.inputs if each.name == name)
+        return _type(found)[1]
+
     def example(self, batch: int = 2, open_size: int = 8, seed: int = 0) -> tuple[Tensor, ...]:
         """Small inputs that the file says are of the right shape.
 
