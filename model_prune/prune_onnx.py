@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from base64 import b64encode
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,10 +28,11 @@ from model_prune.graph.importance import (
 from model_prune.graph.network import Network
 from model_prune.graph.onnx import OnnxNetwork
 from model_prune.graph.readers import noise, obspa
+from model_prune.page import write_page
 from prune_core.errors import InputError, unknown_name
 from prune_core.provenance import provenance
 from prune_core.recipe import parse_recipe
-from prune_core.storage import StrPath, atomic_write, write_json
+from prune_core.storage import StrPath, write_json
 
 BATCH = 32
 
@@ -114,25 +113,9 @@ class OnnxReport:
         write_json(path, asdict(self) | more)
 
     def to_html(self, path: StrPath) -> None:
-        """Write one self-contained page; it loads nothing and runs no script."""
-        from jinja2 import Environment, StrictUndefined
-        from markupsafe import Markup
-
-        style, template = (
-            Path(__file__).with_name(name).read_text(encoding="utf-8")
-            for name in ("report.css", "network.html.j2")
-        )
-        environment = Environment(
-            autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-        )
-        page = environment.from_string(template).generate(
-            report=self,
-            levels={name: round(10 * (1 - n / of)) for name, (n, of) in self.families.items()},
-            style=Markup(style),
-            style_hash=f"sha256-{b64encode(sha256(style.encode()).digest()).decode()}",
-        )
-        with atomic_write(path) as file:
-            file.writelines(page)
+        """Write one page; see `write_page`."""
+        levels = {name: round(10 * (1 - n / of)) for name, (n, of) in self.families.items()}
+        write_page(path, "network.html.j2", report=self, levels=levels)
 
 
 def prune_onnx(

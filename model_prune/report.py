@@ -17,10 +17,8 @@ out as norms are.
 from __future__ import annotations
 
 import json
-from base64 import b64encode
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +27,9 @@ from model_prune.core.target import MATRICES, UNITS, Dims, Family, place_of
 from model_prune.core.units import kept_weights
 from model_prune.evaluate import Perplexity, compare
 from model_prune.graph.cut import dims_after
+from model_prune.page import write_page
 from prune_core.errors import InputError
-from prune_core.storage import StrPath, atomic_write, write_json
+from prune_core.storage import StrPath, write_json
 
 ATTENTION, FFN = MATRICES[:4], MATRICES[4:]
 
@@ -403,39 +402,15 @@ class Report:
         ]
 
     def to_html(self, path: StrPath) -> None:
-        """Write one self-contained page: answers, totals, a heat map of the layers, tables.
-
-        It loads nothing from anywhere, runs no script, and appears only when it is complete.
-        """
-        from jinja2 import Environment, StrictUndefined
-        from markupsafe import Markup
-
-        style, template = (
-            Path(__file__).with_name(name).read_text(encoding="utf-8")
-            for name in ("report.css", "report.html.j2")
-        )
-        environment = Environment(
-            autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-        )
+        """Write one page: answers, totals, a heat map of the layers, tables; see `write_page`."""
         parts = {"attention": ATTENTION, "FFN": FFN}
         if self.zeros:  # with units alone, all matrices of a part lose the same share
             parts = {name.split(".")[1].removesuffix("_proj"): (name,) for name in MATRICES}
-        page = environment.from_string(template).generate(
-            report=self,
-            parts=parts,
-            columns=[
-                (
-                    layer,
-                    [_cell(layer.share(names)) for names in parts.values()],
-                    _units(layer),
-                )
-                for layer in self.layers
-            ],
-            style=Markup(style),
-            style_hash=f"sha256-{b64encode(sha256(style.encode()).digest()).decode()}",
-        )
-        with atomic_write(path) as file:
-            file.writelines(page)
+        columns = [
+            (layer, [_cell(layer.share(names)) for names in parts.values()], _units(layer))
+            for layer in self.layers
+        ]
+        write_page(path, "report.html.j2", report=self, parts=parts, columns=columns)
 
 
 def _size(dims: Dims | None, matrix: str) -> int:
