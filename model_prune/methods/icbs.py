@@ -30,6 +30,7 @@ from prune_core.errors import InputError
 
 Floats = NDArray[np.float64]
 Flips = NDArray[np.bool_]
+Places = NDArray[np.int64]
 
 
 # ------------------------------------------------------------------------------ a block
@@ -49,7 +50,7 @@ class Block:
     alone: Floats
     pulls: Floats
     kept: Flips
-    matrix: NDArray[np.int64]
+    matrix: Places
 
     def change(self, flips: Flips) -> float:
         """Of the loss, when these are flipped."""
@@ -66,7 +67,7 @@ class Block:
         Descent by the best exchange, from no flips at all and from some drawn at random; so the
         change is never above zero.
         """
-        found = [self._descend(np.zeros(len(self.kept), dtype=bool))]
+        starts = [np.zeros(len(self.kept), dtype=bool)]
         for _ in range(restarts):
             flips = np.zeros(len(self.kept), dtype=bool)
             for number in np.unique(self.matrix):
@@ -74,18 +75,21 @@ class Block:
                 count = random.integers(0, min(map(len, sides)) + 1)
                 for side in sides:
                     flips[random.choice(side, count, replace=False)] = True
-            found.append(self._descend(flips))
+            starts.append(flips)
+        products = self.products()
+        pairs = np.nonzero(np.triu(self.matrix[:, None] == self.matrix, 1))
+        found = [self._descend(flips, products, *pairs) for flips in starts]
         return min(found, key=self.change)
 
-    def _descend(self, flips: Flips) -> Flips:
+    def _descend(self, flips: Flips, products: Floats, i: Places, j: Places) -> Flips:
         """Exchange two weights at a time while that helps.
 
         Flipping one of each side, or turning back one flip of each, or one flip for another of the
         same side, keeps the number of weights.
+
+        i, j: every two weights of one matrix.
         """
         flips, sign = flips.copy(), np.where(self.kept, 1, -1)
-        products = self.products()
-        i, j = np.nonzero(np.triu(self.matrix[:, None] == self.matrix, 1))
         together, least = products[i, j], -1e-12 * (1 + abs(self.alone).max(initial=0))
         while len(i):
             turn = np.where(flips, -1.0, 1.0)  # what its flip is multiplied by when it changes
