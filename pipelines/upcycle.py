@@ -27,8 +27,8 @@ from model_prune.checkpoint import open_checkpoint
 from model_prune.core.target import Dims
 from model_prune.core.work import Tensors, Work
 from prune_core.errors import InputError
-from prune_core.provenance import cpuinfo
 from prune_core.storage import StrPath, atomic_folder
+from rag_prune.context.model import fast_bfloat16
 
 Families = Mapping[str, Sequence[tuple[str, str]]]  # prompts and completions by family
 SHARED = 64  # neurons of the shared expert, which the architecture must have: all are zero
@@ -285,7 +285,7 @@ class _Training:
         with tqdm(total=steps, desc=what, disable=None if self.progress else True) as bar:
             for _ in range(epochs):
                 for hidden, rotary, batch in self._batches(rows):
-                    with torch.autocast("cpu", torch.bfloat16, enabled=_bfloat16_is_fast()):
+                    with torch.autocast("cpu", torch.bfloat16, enabled=fast_bfloat16()):
                         for layer in layers:
                             hidden = layer(hidden, position_embeddings=rotary)
                         loss = self._loss(hidden, batch)
@@ -326,7 +326,7 @@ class _Training:
         for batch in _cut(sorted(rows, key=lambda row: len(row.ids)), 16):
             ids = pad_sequence([row.ids for row in batch], batch_first=True)
             hidden = self.dense.model.embed_tokens(ids)
-            with torch.autocast("cpu", torch.bfloat16, enabled=_bfloat16_is_fast()):
+            with torch.autocast("cpu", torch.bfloat16, enabled=fast_bfloat16()):
                 for layer in self.dense.model.layers[: -self.recipe.layers]:
                     hidden = layer(hidden, position_embeddings=self._rotary(hidden))
             for row, states in zip(batch, hidden.float(), strict=True):
@@ -341,7 +341,3 @@ class _Training:
 def _cut(rows: Sequence[Row], size: int) -> Iterator[Sequence[Row]]:
     for i in range(0, len(rows), size):
         yield rows[i : i + size]
-
-
-def _bfloat16_is_fast() -> bool:
-    return "avx512_bf16" in cpuinfo().get("flags", "").split()
