@@ -237,7 +237,7 @@ def main() -> None:
     for seed in range(SEEDS):
         method = PreMoe(keep=4, score="random", seed=seed)
         variants[f"random {seed}"] = ("facts", method, every)
-    for seed in range(3):
+    for seed in range(SEEDS):
         method = PreMoe(keep=2, score="random", seed=seed)
         variants[f"2 experts, random {seed}"] = ("facts", method, every)
     waiting = {"all", "dense", *variants} - bench.known.keys()
@@ -304,7 +304,7 @@ def figures(
             "others": others,
             "2 experts, premoe": [f"2 experts, premoe {family}"],
             "2 experts, others": [f"2 experts, {name}" for name in others],
-            "2 experts, random": [f"2 experts, random {seed}" for seed in range(3)],
+            "2 experts, random": [f"2 experts, random {seed}" for seed in range(SEEDS)],
         }
         own = of(choices["premoe"], family)
         table[family] = {

@@ -72,6 +72,7 @@ def pack(mask: Tensor) -> Tensor:
 
 
 def unpack(rows: Tensor) -> Tensor:
+    """The mask that `pack` was given."""
     unused = int(rows[0, -1])
     shifts = torch.arange(8, dtype=torch.uint8, device=rows.device)
     bits = (rows[:, :-1, None] >> shifts) & 1

@@ -213,14 +213,14 @@ class _State:
         self.generator = torch.Generator().manual_seed(method.seed)
         bound = dims.hidden**-0.5
 
-        def uniform(*shape: int, low: float, high: float) -> Tensor:
+        def drawn(*shape: int, low: float, high: float) -> Tensor:
             values = torch.rand(*shape, generator=self.generator) * (high - low) + low
             return values.requires_grad_()
 
         self.parameters = {
-            "projection": uniform(dims.neurons, dims.hidden, low=-bound, high=bound),
-            "offset": uniform(dims.neurons, low=-bound, high=bound),
-            "row": uniform(dims.neurons, low=0, high=1),
+            "projection": drawn(dims.neurons, dims.hidden, low=-bound, high=bound),
+            "offset": drawn(dims.neurons, low=-bound, high=bound),
+            "row": drawn(dims.neurons, low=0, high=1),
         }
         self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=method.learning_rate)
         self.episode = 0
