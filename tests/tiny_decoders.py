@@ -22,15 +22,14 @@ OWN = {
 }
 
 
-def tiny_decoder(family, **settings):
-    """A causal model in evaluation mode; its logits lie some units apart."""
+def tiny_model(family, **settings):
+    """A causal model in evaluation mode, of any family; its logits lie some units apart."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(
         family,
         **{
             "vocab_size": VOCABULARY,
             "hidden_size": HIDDEN,
-            "intermediate_size": NEURONS,
             "num_hidden_layers": LAYERS,
             "num_attention_heads": HEADS,
             "num_key_value_heads": GROUPS,
@@ -40,11 +39,15 @@ def tiny_decoder(family, **settings):
             "pad_token_id": None,
             "bos_token_id": 1,
             "eos_token_id": 2,
-            **OWN[family],
             **settings,
         },
     )
-    model = AutoModelForCausalLM.from_config(config).eval()
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def tiny_decoder(family, **settings):
+    """One whose layers are alike: see `tiny_model`."""
+    model = tiny_model(family, **{"intermediate_size": NEURONS, **OWN[family], **settings})
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):  # which begin as zeros
             torch.nn.init.normal_(parameter, std=0.2)

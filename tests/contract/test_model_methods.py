@@ -17,13 +17,13 @@ from model_prune.checkpoint import write_checkpoint
 from model_prune.core import decoder
 from model_prune.core.mask import apply_masks, element_masks, units_masked
 from model_prune.core.plan import LayerPlan
-from model_prune.core.target import MATRICES
+from model_prune.core.target import MATRICES, MIXTURES
 from model_prune.core.units import kept_weights
 from model_prune.method import Depth, Either, Elements, Method, Units
 from prune_core.errors import InputError, RecipeError
 from prune_core.testing import unregistered
 from tiny_decoders import FAMILIES, LAYERS, dims_of, random_windows, roomy_decoder, units
-from tiny_mixtures import EXPERTS, MIXTURES, tiny_mixture
+from tiny_mixtures import EXPERTS, tiny_mixture
 
 WINDOWS, IDS = random_windows(), random_windows(2, 20, seed=1)
 # Whose units are ranked at their cost, so that a KV group may be what is missing or too much.

@@ -6,7 +6,8 @@ from transformers import AutoModelForCausalLM
 
 from engines import engine
 from model_prune import Calibration, prune_model
-from tiny_mixtures import MIXTURES, tiny_mixture
+from model_prune.core.target import MIXTURES
+from tiny_mixtures import tiny_mixture
 
 pytestmark = pytest.mark.slow
 

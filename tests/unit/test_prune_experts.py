@@ -14,13 +14,14 @@ from model_prune import checkpoint as checkpoints
 from model_prune.checkpoint import open_checkpoint, write_checkpoint
 from model_prune.core import decoder
 from model_prune.core.plan import LayerPlan
+from model_prune.core.target import MIXTURES
 from model_prune.decoders import pruned_config
 from model_prune.methods import premoe
 from model_prune.methods.premoe import PreMoe, Selection, ranking
 from model_prune.patterns import Nearest, Patterns, distance
 from prune_core.errors import CheckpointError, InputError
-from tiny_decoders import dims_of, tiny_decoder, units
-from tiny_mixtures import EXPERTS, LAYERS, MIXTURES, random_windows, tiny_mixture
+from tiny_decoders import LAYERS, dims_of, random_windows, tiny_decoder, units
+from tiny_mixtures import EXPERTS, tiny_mixture
 
 WINDOWS = random_windows()
 
