@@ -555,8 +555,12 @@ def experts(
     calibration: Annotated[
         list[Path] | None, typer.Option(help="Text of the task, plain or .gz; may be repeated.")
     ] = None,
-    windows: Annotated[int, typer.Option(help="Windows of it to read.")] = 128,
-    tokens: Annotated[int, typer.Option(help="Tokens of a window.")] = 2048,
+    windows: Annotated[
+        int | None, typer.Option(help="Windows of it to read; the paper's by default.")
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option(help="Tokens of a window; the paper's by default.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of which windows are drawn.")] = 0,
     keep: Annotated[
         int | None, typer.Option(help="Experts that stay in every layer; half of them.")
@@ -590,7 +594,13 @@ def experts(
             typer.echo(f"{one.task}: distance {one.distance:.3f}")
         task = found[0].task
     elif calibration:
-        read = Calibration.read(calibration, tokenizer, windows=windows, tokens=tokens, seed=seed)
+        read = Calibration.read(
+            calibration,
+            tokenizer,
+            windows=windows or method.windows,
+            tokens=tokens or method.tokens,
+            seed=seed,
+        )
         patterns.add(str(task), folder, read, method, device=device)
     if save_plan is not None:
         patterns.plan(str(task), folder, method, device=device).save(save_plan)
