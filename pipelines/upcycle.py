@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 from model_prune.checkpoint import open_checkpoint
 from model_prune.core.target import Dims
 from model_prune.core.work import Tensors, Work
+from model_prune.prune import work_of
 from prune_core.errors import InputError
 from prune_core.storage import StrPath, atomic_folder
 from rag_prune.context.model import fast_bfloat16
@@ -90,7 +91,7 @@ def upcycle(
     """
     recipe, out = recipe or Upcycling(), Path(out)
     training = _Training(dense, families, recipe, progress)
-    work = Work(out.with_name(f"{out.name}.work"), training.fingerprint)
+    work = Work(work_of(out), training.fingerprint)
     bar = tqdm(range(recipe.experts), "experts", disable=None if progress else True)
     for expert in bar:
         if expert not in work:
@@ -103,7 +104,7 @@ def upcycle(
     with atomic_folder(out) as folder:
         mixture.save_pretrained(folder)
         training.tokenizer.save_pretrained(folder)
-    shutil.rmtree(out.with_name(f"{out.name}.work"))
+    shutil.rmtree(work_of(out))
     return out
 
 
