@@ -53,6 +53,7 @@ class Engine:
 
 
 def _serve(pipe, arguments):
+    os.environ.update(ENVIRONMENT)  # here alone: servers that later tests start inherit the parent's
     try:
         engine = Engine(**arguments)
         pipe.send(None)
@@ -69,7 +70,6 @@ def _serve(pipe, arguments):
 @contextmanager
 def engine(folder, **arguments):
     """Ask it by name: `ask("answer", prompts, 16)`."""
-    os.environ.update(ENVIRONMENT)
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     process = context.Process(
