@@ -704,8 +704,8 @@ def anything_decoder() -> str:
     return table(["a fifth of the layers' weights cut", "WikiText-2", "seconds"], shown)
 
 
-def experts() -> str:
-    report = results("experts", "model")
+def experts(name: str) -> str:
+    report = results(name, "model")
     figures = report["figures"]
     names = {
         "dense": "the dense model, untrained",
@@ -718,25 +718,33 @@ def experts() -> str:
         "2 experts, others": "2: PreMoe, of the other tasks (mean)",
         "2 experts, random": "2: random (mean of 3 seeds)",
     }
-    head = ["experts that stay in a layer"]
-    for family, rows in report["rows"].items():
-        head += [f"{family}, {rows['held']} rows: right", "tokens right", "loss"]
-    return table(
-        head,
-        [
-            [label]
-            + [
-                cell
-                for family in figures
-                for cell in (
-                    f"{100 * figures[family][name]['right']:.1f} %",
-                    f"{100 * figures[family][name]['tokens']:.1f} %",
-                    f"{figures[family][name]['loss']:.3f}",
-                )
-            ]
-            for name, label in names.items()
-        ],
-    )
+    head = [f"{family}, {rows['held']} rows" for family, rows in report["rows"].items()]
+    rows = []
+    for choice, label in names.items():
+        found = [figures[family][choice] for family in figures]
+        cells = [f"{f['loss']:.2f} · {100 * f['tokens']:.0f} %" for f in found]
+        right = sum(f["right"] for f in found) / len(found)
+        rows.append([label, *cells, f"{100 * right:.1f} %"])
+    return table(["experts that stay in a layer", *head, "whole answers"], rows)
+
+
+def experts_margins(name: str) -> str:
+    figures = results(name, "model")["figures"]
+    names = {
+        "all": "all 8 experts",
+        "frequency": "4: chosen most often",
+        "random": "4: random",
+        "others": "4: of the other tasks",
+    }
+    rows = []
+    for choice, label in names.items():
+        cells = []
+        for family in figures:
+            found = figures[family]["loss of premoe less that of"][choice]
+            low, high = found["interval"]
+            cells.append(f"{found['value']:+z.2f} ({low:+z.2f} to {high:+z.2f})")
+        rows.append([label, *cells])
+    return table(["PreMoe's half less", *figures], rows)
 
 
 def experts_cost() -> str:
@@ -806,7 +814,10 @@ TABLES = {
     "vllm-pooling": vllm_pooling,
     "throughput": throughput,
     "throughput-parts": throughput_parts,
-    "experts": experts,
+    "experts": lambda: experts("experts"),
+    "experts_3": lambda: experts("experts_3"),
+    "experts_margins": lambda: experts_margins("experts"),
+    "experts_margins_3": lambda: experts_margins("experts_3"),
     "experts_cost": experts_cost,
     "heads": heads,
     "kv_attention": kv_attention,

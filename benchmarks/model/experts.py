@@ -3,20 +3,26 @@
     python benchmarks/model/experts.py --instructions instructions_t0.jsonl.gz --work FOLDER
 
 The mixture is made of SmolLM2-135M-Instruct by pipelines/upcycle.py: 8 experts, 2 a token, in each
-of its last layers, trained on three families of tasks.
+of its last layers, trained on families of tasks; with all of them, an expert each.
 
-    concepts   the words that a sentence was written from (common_gen)
-    facts      a question and two facts that answer it (qasc)
-    physics    which of two, in a short story (quarel)
+    concepts     the words that a sentence was written from (common_gen)
+    facts        a question and two facts that answer it (qasc)
+    physics      which of two, in a short story (quarel)
+    sentences    a sentence of given words (common_gen)
+    paraphrases  the same in other words (MRPC, PAWS)
+    steps        the first or the last of a process (wiqa)
+    social       what somebody feels or does next (social_i_qa)
+    commonsense  a question that needs no text (commonsense_qa)
 
 Rows of which the completion's hash says so are held out: no completion is on both sides. An answer
 is right where it is the model's greedy one, word for word: each of its tokens, and the end, is the
 likeliest after what stands before it; `tokens` is the share of them that is, and `loss` is of them.
 
 Experts are chosen on the training rows: by PreMoe for the task itself, for another task, by how
-often they are chosen, and at random. Each choice is written to a folder and loaded from there; what
-the layers below the first mixture give, which all share, is computed once. What was measured stays
-in --work, so that a run that was stopped goes on.
+often they are chosen, and at random. --families 3 takes the first three families alone, of which
+two have three experts each and one has two. Each choice is written to a folder and loaded from
+there; what the layers below the first mixture give, which all share, is computed once. What was
+measured stays in --work, so that a run that was stopped goes on.
 """
 
 import argparse
@@ -56,6 +62,30 @@ FAMILIES = {
         *("quarel_heres_a_story", "quarel_logic_test", "quarel_do_not_use"),
         *("quarel_choose_between", "quarel_testing_students"),
     ),
+    "sentences": (
+        *("common_gen_Example_prompt", "common_gen_Put_together"),
+        *("common_gen_Given_concepts_type_1", "common_gen_Given_concepts_type_2"),
+        *("common_gen_topic_to_sentence", "common_gen_random_task_template_prompt"),
+    ),
+    "paraphrases": (
+        *("glue_mrpc_generate_paraphrase", "glue_mrpc_generate_sentence"),
+        "paws_labeled_final_paraphrase_task",
+    ),
+    "steps": (
+        "wiqa_what_is_the_missing_first_step",
+        "wiqa_what_might_be_the_first_step_of_the_process",
+        "wiqa_what_might_be_the_last_step_of_the_process",
+        "wiqa_what_is_the_final_step_of_the_following_process",
+    ),
+    "social": (
+        *("social_i_qa_Generate_answer", "social_i_qa_I_was_wondering"),
+        "social_i_qa_Show_choices_and_generate_answer",
+    ),
+    "commonsense": (
+        *("commonsense_qa_answer_to_question", "commonsense_qa_most_suitable_answer"),
+        "commonsense_qa_question_answering",
+        "commonsense_qa_answer_given_question_without_options",
+    ),
 }
 TRAINED, HELD = 360, 60  # rows of a family at most
 WINDOWS, TOKENS = 32, 128  # of training rows, to choose experts on
@@ -78,18 +108,18 @@ write_pruned(sys.argv[1], sys.argv[3], Plan.load(sys.argv[2]), overwrite=True, p
 TOLD = "print(peak() - before, time.perf_counter() - started)"
 
 
-def rows(path: Path) -> tuple[dict[str, list[Any]], dict[str, list[Any]]]:
+def rows(path: Path, families: Sequence[str]) -> tuple[dict[str, list[Any]], dict[str, list[Any]]]:
     """Prompts and completions by family: to train on, and held out."""
     sides: tuple[dict[str, list[Any]], dict[str, list[Any]]] = ({}, {})
     for row in read_jsonl(path):
-        for family, tasks in FAMILIES.items():
-            if row["task"] in tasks:
+        for family in families:
+            if row["task"] in FAMILIES[family]:
                 told = row["completion"].strip().lower().encode()
                 held = hashlib.sha256(told).digest()[0] % 4 == 0
                 sides[held].setdefault(family, []).append((row["prompt"], row["completion"]))
     return (
-        {family: sides[0][family][:TRAINED] for family in FAMILIES},
-        {family: sides[1][family][:HELD] for family in FAMILIES},
+        {family: sides[0][family][:TRAINED] for family in families},
+        {family: sides[1][family][:HELD] for family in families},
     )
 
 
@@ -186,12 +216,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--instructions", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True, help="of the mixture and what is asked")
+    parser.add_argument("--families", type=int, default=len(FAMILIES), help="the first so many")
     arguments = parser.parse_args()
     logging.disable_progress_bar()
     work, recipe = arguments.work, Upcycling()
     work.mkdir(parents=True, exist_ok=True)
     bench = Bench(work / "measured.json")
-    trained, held = rows(arguments.instructions)
+    every = tuple(FAMILIES)[: arguments.families]
+    trained, held = rows(arguments.instructions, every)
     mixture = work / "mixture"
 
     def train() -> float:
@@ -208,7 +240,7 @@ def main() -> None:
         library.add(family, mixture, windows(tokenizer, trained[family]), progress=False)
         return round(time.perf_counter() - started, 1)
 
-    for family in FAMILIES:
+    for family in every:
         bench.once(f"seconds of the pattern of {family}", lambda f=family: remember(f))
 
     encoded = {
@@ -221,16 +253,15 @@ def main() -> None:
     first = whole.config.num_hidden_layers - recipe.layers
 
     def find() -> dict[str, dict[str, int]]:
-        found = {family: dict.fromkeys(FAMILIES, 0) for family in FAMILIES}
+        found = {family: dict.fromkeys(every, 0) for family in every}
         for family, asked in encoded.items():
             for row in tqdm(asked[:QUERIES], f"queries of {family}"):
                 found[family][library.nearest(whole, row.ids[: row.start])[0].task] += 1
         return found
 
     retrieved = bench.once("retrieved", find)
-    every = tuple(FAMILIES)
     variants: dict[str, tuple[str, PreMoe, tuple[str, ...]]] = {}
-    for family in FAMILIES:
+    for family in every:
         variants[f"premoe {family}"] = (family, PreMoe(keep=4), every)
         variants[f"frequency {family}"] = (family, PreMoe(keep=4, score="frequency"), (family,))
         variants[f"2 experts, premoe {family}"] = (family, PreMoe(keep=2), every)
@@ -274,7 +305,8 @@ def main() -> None:
             paths = (mixture, work / "plan.json", work / "written")
             bench.once(f"writing {size}", lambda p=paths: alone(WRITE, *p))
 
-    write_json(HERE / "experts.json", figures(bench.known, recipe, trained, encoded, kept))
+    name = "experts" if len(every) == len(FAMILIES) else f"experts_{len(every)}"
+    write_json(HERE / f"{name}.json", figures(bench.known, recipe, trained, encoded, kept))
     print(json.dumps(retrieved))
 
 
@@ -293,8 +325,8 @@ def figures(
 
     randoms = [f"random {seed}" for seed in range(SEEDS)]
     table: dict[str, dict[str, Any]] = {}
-    for family in FAMILIES:
-        others = [f"premoe {other}" for other in FAMILIES if other != family]
+    for family in held:
+        others = [f"premoe {other}" for other in held if other != family]
         choices = {
             "dense": ["dense"],
             "all": ["all"],
@@ -325,15 +357,14 @@ def figures(
         "provenance": provenance(),
         "recipe": {name: getattr(recipe, name) for name in recipe.__dataclass_fields__},
         "rows": {
-            family: {"trained": len(trained[family]), "held": len(held[family])}
-            for family in FAMILIES
+            family: {"trained": len(trained[family]), "held": len(held[family])} for family in held
         },
         "calibration": {"windows": WINDOWS, "tokens": TOKENS},
         "seconds": {name: value for name, value in known.items() if name.startswith("seconds")},
         "figures": table,
         "retrieval": {
             "found": found,
-            "right": sum(found[family][family] for family in FAMILIES),
+            "right": sum(found[family][family] for family in held),
             "queries": sum(sum(row.values()) for row in found.values()),
         },
         "writing": {size: known[f"writing {size}"] for size in ("half", "quarter")},
