@@ -385,7 +385,7 @@ class ICBS(Elements, Descent):
     below zero, and then flips as if each were alone); a block is of the whole network, not of one
     matrix; each weight's own curvature is damped by more or less, as steps fail or succeed, where
     the paper adds a constant; one half of the samples proposes and judges, the other decides; and
-    the exchange is found by descent, which needs no solver beside numpy.
+    the exchange is found by descent, where solvers that know no constraint were no better.
     Cost: a step is three to seven passes over half of its samples, two of them backward, and sums
     of all matrices; the whole model is in memory.
 
