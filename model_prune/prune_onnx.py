@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from model_prune.core.allocate import check_share
+from model_prune.core.work import Work
 from model_prune.graph.importance import (
     Of,
     Reduce,
@@ -29,6 +32,7 @@ from model_prune.graph.network import Network
 from model_prune.graph.onnx import OnnxNetwork
 from model_prune.graph.readers import noise, obspa
 from model_prune.page import write_page
+from model_prune.prune import work_of
 from prune_core.errors import InputError, unknown_name
 from prune_core.provenance import provenance
 from prune_core.recipe import parse_recipe
@@ -125,6 +129,7 @@ def prune_onnx(
     method: str = "spa",
     data: StrPath | None = None,
     overwrite: bool = False,
+    progress: bool = True,
     **settings: Any,
 ) -> OnnxReport:
     """Prune an ONNX file into another one, and say what went.
@@ -135,6 +140,7 @@ def prune_onnx(
     data: .npz with an array for each input, under its name, and "labels" for criteria that need a
     loss (class numbers, for cross-entropy on the first output); .npy for a single input. OBSPA does
     without, on noise.
+    A run of OBSPA that was stopped goes on: what was found stays in `OUT.work` until OUT is there.
 
     Raises InputError for settings, data and files that do not fit, and for more than there is to
     cut; CheckpointError for a file that cannot be read; MissingExtra without the package onnx.
@@ -150,7 +156,15 @@ def prune_onnx(
     dense = OnnxNetwork.read(source)
     rows = Rows.read(data, dense, chosen.rows, chosen.seed) if data is not None else None
     network = Network(dense, *(rows.batch() if rows else dense.example()))
-    kept, smaller = _cut(network, chosen, rows)
+    about = {"method": method, "settings": asdict(chosen)}
+    smaller: Any
+    if isinstance(chosen, Obspa):
+        read = rows.batches() if rows else _noise(dense, chosen)
+        files = {"file": _sha256(source), "data": data and _sha256(data)}
+        work = Work(work_of(out), about | files) if out is not None else None
+        kept, smaller = obspa(network, read, chosen.remove, chosen.of, work=work, progress=progress)
+    else:
+        kept, smaller = _spa(network, chosen, rows)
     report = OnnxReport(
         f"{dense.name}: {method}, {chosen.remove:g} of {chosen.of}",
         {f.name: (len(kept.get(f.name, range(f.channels))), f.channels) for f in network.families},
@@ -161,16 +175,18 @@ def prune_onnx(
         time.perf_counter() - started,
     )
     if out is not None:
-        about = {"method": method, "settings": asdict(chosen)}
         smaller.write(out, {"prunekit": json.dumps(about)})
         report.save(Path(out).with_suffix(".json"), **about, provenance=provenance(chosen.seed))
+        shutil.rmtree(work_of(out), ignore_errors=True)
     return report
 
 
-def _cut(network: Network, chosen: Any, rows: Rows | None) -> tuple[Mapping[str, Tensor], Any]:
-    if isinstance(chosen, Obspa):
-        read = rows.batches() if rows else _noise(network.model, chosen)
-        return obspa(network, read, chosen.remove, chosen.of)
+def _sha256(path: StrPath) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _spa(network: Network, chosen: Spa, rows: Rows | None) -> tuple[dict[str, Tensor], Any]:
     model = network.model
     if chosen.criterion == "magnitude":
         scores = magnitude(model)

@@ -458,7 +458,7 @@ def model(
     """Prune a model's weights, units or layers into a folder that transformers and vLLM load.
 
     The same command goes on where it was stopped: what was found of each layer stays in OUT.work
-    until the model is written. An .onnx file becomes a smaller one, by spa or obspa, at once.
+    until the model is written. An .onnx file becomes a smaller one, by spa or obspa.
     """
     import yaml
 

@@ -53,7 +53,7 @@ class Engine:
 
 
 def _serve(pipe, arguments):
-    os.environ.update(ENVIRONMENT)  # here alone: servers that later tests start inherit the parent's
+    os.environ.update(ENVIRONMENT)  # not the parent's, whose servers would inherit it
     try:
         engine = Engine(**arguments)
         pipe.send(None)

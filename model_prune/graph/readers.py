@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from torch.nn.functional import pad, unfold
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
+from tqdm.auto import tqdm
 
 from model_prune.core.compensate import inverse_factor, least_squares, rise
 from model_prune.core.mode import evaluating
 from model_prune.core.statistics import Gram
+from model_prune.core.work import Tensors, Work
 from model_prune.graph.importance import Of, lowest
 from model_prune.graph.network import Kept, Network
 from prune_core.errors import InputError
@@ -30,31 +32,40 @@ class Readers:
     Those of linear layers and products, convolutions without groups, and recurrent cells.
     weights: by parameter, as [out, columns].   grams: of its inputs, [columns, columns].
     dims: the dimension of the parameter that reads.   each: columns of a position in it.
+    work: of the moments and of what each reader's channels cost, so that a stopped run goes on.
     """
 
     weights: dict[str, Tensor]
     grams: dict[str, Tensor]
     dims: dict[str, int]
     each: dict[str, int]
+    work: Work
 
     @classmethod
-    def of(cls, network: Network, inputs: Iterable[Any]) -> Readers:
+    def of(
+        cls,
+        network: Network,
+        inputs: Iterable[Any],
+        *,
+        work: Work | None = None,
+        progress: bool = True,
+    ) -> Readers:
         """Gather them over batches of inputs, each the arguments of the network's forward."""
-        parameters = dict(network.model.named_parameters(remove_duplicate=False))
-        members = (member for family in network.families for member in family.members)
-        watch = _Watch({(id(parameters[n]), dim): n for n, dim in members if n in parameters})
-        with torch.no_grad(), evaluating(network.model), watch:
-            for batch in inputs:
-                network.model(*batch if isinstance(batch, list | tuple) else (batch,))
+        work = work or Work()
+        if 0 not in work:
+            work[0] = _moments(network, inputs, progress)
+        read = {key.partition(" "): gram for key, gram in work[0].items()}
+        dims = {name: int(dim) for dim, _, name in read}
         moved = {
-            name: parameters[name].detach().float().movedim(dim, 1)
-            for name, dim in watch.dims.items()
+            name: network.model.get_parameter(name).detach().float().movedim(dim, 1)
+            for name, dim in dims.items()
         }
         return cls(
             {name: weight.flatten(1) for name, weight in moved.items()},
-            {name: watch.grams[name].total() for name in moved},
-            dict(watch.dims),
+            {name: gram.to(moved[name].device) for (_, _, name), gram in read.items()},
+            dims,
             {name: weight[0, 0].numel() for name, weight in moved.items()},
+            work,
         )
 
     def columns(self, name: str, positions: Tensor) -> Tensor:
@@ -62,21 +73,31 @@ class Readers:
         inner = torch.arange(self.each[name])
         return (positions[..., None] * self.each[name] + inner).flatten(-2)
 
-    def costs(self, network: Network) -> dict[str, Tensor]:
+    def costs(self, network: Network, *, progress: bool = True) -> dict[str, Tensor]:
         """What the error of all readers rises by without a channel, by family, float64 [channels].
 
         Of families that something reads which is known here. Source: as of `obspa`.
         """
         total: dict[str, Tensor] = {}
-        for name, weight in self.weights.items():
-            factor = inverse_factor(self.grams[name])
-            inverse = factor.T @ factor
-            for family in network.families:
-                positions = family.members.get((name, self.dims[name]))
-                if positions is not None:
-                    cost = rise(weight, inverse, self.columns(name, positions)).double().cpu()
-                    total[family.name] = total.get(family.name, 0) + cost
+        shown = tqdm(self.weights, "costs", unit="reader", disable=None if progress else True)
+        for number, name in enumerate(shown, start=1):
+            if number not in self.work:
+                self.work[number] = self._costs(network, name)
+            for family, cost in self.work[number].items():
+                total[family] = total.get(family, 0) + cost
         return {f.name: total[f.name] for f in network.families if f.name in total}
+
+    def _costs(self, network: Network, name: str) -> Tensors:
+        """To one reader."""
+        factor = inverse_factor(self.grams[name])
+        inverse = factor.T @ factor
+        return {
+            family.name: rise(
+                self.weights[name], inverse, self.columns(name, family.members[read])
+            ).double()
+            for family in network.families
+            if (read := (name, self.dims[name])) in family.members
+        }
 
     def refitted(self, network: Network, kept: Kept) -> dict[str, Tensor]:
         """Weights that make up for channels that go, by parameter; their columns are zero."""
@@ -90,6 +111,17 @@ class Readers:
                 moved = (*shape[dim : dim + 1], *shape[2:])
                 new[name] = fitted.view(len(weight), *moved).movedim(1, dim)
         return new
+
+
+def _moments(network: Network, inputs: Iterable[Any], progress: bool) -> Tensors:
+    """By the dimension that reads and the parameter's name, "1 fc.weight"."""
+    parameters = dict(network.model.named_parameters(remove_duplicate=False))
+    members = (member for family in network.families for member in family.members)
+    watch = _Watch({(id(parameters[n]), dim): n for n, dim in members if n in parameters})
+    with torch.no_grad(), evaluating(network.model), watch:
+        for batch in tqdm(inputs, "read", unit="batch", disable=None if progress else True):
+            network.model(*batch if isinstance(batch, list | tuple) else (batch,))
+    return {f"{dim} {name}": watch.grams[name].total() for name, dim in watch.dims.items()}
 
 
 class _Watch(TorchFunctionMode):
@@ -195,19 +227,26 @@ READS: dict[str, Callable[..., Iterator[Read]]] = {
 
 
 def obspa(
-    network: Network, inputs: Iterable[Any], remove: float, of: Of = "parameters"
+    network: Network,
+    inputs: Iterable[Any],
+    remove: float,
+    of: Of = "parameters",
+    *,
+    work: Work | None = None,
+    progress: bool = True,
 ) -> tuple[dict[str, Tensor], nn.Module]:
     """Cut a trained network without training: what stays is refitted to what the whole layer gave.
 
     inputs: batches for its forward: of data like that it was trained on, of other data, or `noise`.
+    work: a folder for what was found, so that a stopped run goes on after it.
     Source: Wang et al., "Structurally prune anything" (OBSPA, 2024, arXiv:2403.18955), section 3.3.
     Differs: columns that stay are refitted at once, which is where one update after another ends.
 
     Returns the channels that stay, by family, and the smaller network. Raises InputError as
     `lowest`.
     """
-    readers = Readers.of(network, inputs)
-    kept = lowest(network, readers.costs(network), remove, of)
+    readers = Readers.of(network, inputs, work=work, progress=progress)
+    kept = lowest(network, readers.costs(network, progress=progress), remove, of)
     return kept, network.cut(kept, readers.refitted(network, kept))
 
 

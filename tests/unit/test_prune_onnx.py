@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from model_prune.graph import readers
 from model_prune.graph.network import Network
 from model_prune.graph.onnx import OnnxNetwork
 from model_prune.prune_onnx import prune_onnx
@@ -242,6 +243,34 @@ def test_obspa_is_nearer_to_the_dense_network_than_magnitude(file, data, tmp_pat
         prune_onnx(path, tmp_path / f"{method}.onnx", method=method, remove=0.3, data=data)
         errors[method] = (run(tmp_path / f"{method}.onnx", x=x) - dense).square().mean()
     assert errors["obspa"] < 0.5 * errors["spa"]
+
+
+def test_obspa_goes_on_where_it_was_stopped(file, data, tmp_path, monkeypatch):
+    """After the pass over the data and the first of the layers that read."""
+    given = {"method": "obspa", "remove": 0.3, "data": data}
+    expected = prune_onnx(file[0], tmp_path / "whole.onnx", **given)
+    done, rise = [], readers.rise
+
+    def counted(*arguments):
+        done.append(None)
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        return rise(*arguments)
+
+    out = tmp_path / "cut.onnx"
+    monkeypatch.setattr(readers, "rise", counted)
+    with pytest.raises(KeyboardInterrupt):
+        prune_onnx(file[0], out, **given)
+    assert not out.exists()
+    with pytest.raises(InputError, match="made by other work"):
+        prune_onnx(file[0], out, **given | {"remove": 0.4})
+    reads = []
+    monkeypatch.setattr(readers, "_moments", lambda *_: reads.append(None))
+    found = prune_onnx(file[0], out, **given)
+    assert not reads
+    assert found.families == expected.families
+    assert out.read_bytes() == (tmp_path / "whole.onnx").read_bytes()
+    assert not list(tmp_path.glob("*.work"))
 
 
 def test_looking_writes_nothing(file, tmp_path):
