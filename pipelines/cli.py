@@ -479,33 +479,14 @@ def model(
             raise InputError(f"--set takes NAME=VALUE, got '{text}'.")
         given[name] = yaml.safe_load(value)
     if source.endswith(".onnx"):
-        others: dict[str, Any] = {
-            "windows": windows,
-            "tokens": tokens,
-            "save-plan": save_plan,
-            "plan": plan,
-        }
-        others |= {"evaluate": evaluate, "device": device}
-        wrong = [name for name, value in others.items() if value is not None]
-        if wrong or len(calibration or ()) > 1:
-            raise InputError(
-                f"An ONNX file takes no --{wrong[0]}."
-                if wrong
-                else "An ONNX file takes one file of --calibration, .npz or .npy."
-            )
-        from model_prune.prune_onnx import prune_onnx
-
-        pruned = prune_onnx(
-            source,
-            None if dry_run else out,
-            method=str(method),
-            data=calibration[0] if calibration else None,
-            overwrite=overwrite,
-            **({"seed": seed} | given),
-        )
-        typer.echo(pruned)
-        if html:
-            pruned.to_html(html)
+        wrong: dict[str, Any] = {"windows": windows, "tokens": tokens, "plan": plan}
+        wrong |= {"save-plan": save_plan, "evaluate": evaluate, "device": device}
+        for name, value in wrong.items():
+            if value is not None:
+                raise InputError(f"An ONNX file takes no --{name}.")
+        written = None if dry_run else out
+        settings = {"method": method, "overwrite": overwrite, "seed": seed, **given}
+        _prune_onnx_file(source, written, calibration or [], html, settings)
         return
     read: dict[str, Any] = {"windows": windows, "tokens": tokens, "seed": seed, "device": device}
     writing: dict[str, Any] = {
@@ -535,6 +516,23 @@ def model(
             report = describe(source, made)
         else:
             report = write_pruned(source, out, made, **writing)
+    typer.echo(report)
+    if html:
+        report.to_html(html)
+
+
+def _prune_onnx_file(
+    source: str,
+    out: Path | None,
+    calibration: list[Path],
+    html: Path | None,
+    settings: dict[str, Any],
+) -> None:
+    from model_prune.prune_onnx import prune_onnx
+
+    if len(calibration) > 1:
+        raise InputError("An ONNX file takes one file of --calibration, .npz or .npy.")
+    report = prune_onnx(source, out, data=calibration[0] if calibration else None, **settings)
     typer.echo(report)
     if html:
         report.to_html(html)
