@@ -60,6 +60,10 @@ Threshold = Annotated[
 KeepRatio = Annotated[float | None, typer.Option(help="Keep this share of the characters, 0 to 1.")]
 TopK = Annotated[int | None, typer.Option(help="Keep at most this many passages.")]
 Page = Annotated[Path | None, typer.Option("--html", help="Also write a page to look at.")]
+Windows = Annotated[int | None, typer.Option(help="Windows of it to read; the paper's by default.")]
+Tokens = Annotated[int | None, typer.Option(help="Tokens of a window; the paper's by default.")]
+Seed = Annotated[int, typer.Option(help="Of which windows are drawn.")]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda; a GPU if there is one by default.")]
 
 
 @context_app.command("prune")
@@ -428,13 +432,9 @@ def model(
         list[Path] | None,
         typer.Option(help="Text, UTF-8, plain or .gz; may be repeated. Of .onnx: .npz or .npy."),
     ] = None,
-    windows: Annotated[
-        int | None, typer.Option(help="Windows of it to read; the paper's by default.")
-    ] = None,
-    tokens: Annotated[
-        int | None, typer.Option(help="Tokens of a window; the paper's by default.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Of which windows are drawn.")] = 0,
+    windows: Windows = None,
+    tokens: Tokens = None,
+    seed: Seed = 0,
     plan: Annotated[
         Path | None, typer.Option(help="A saved plan to follow, in place of a method.")
     ] = None,
@@ -451,9 +451,7 @@ def model(
     ] = None,
     html: Page = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
-    device: Annotated[
-        str | None, typer.Option(help="cpu or cuda; a GPU if there is one by default.")
-    ] = None,
+    device: Device = None,
 ) -> None:
     """Prune a model's weights, units or layers into a folder that transformers and vLLM load.
 
@@ -553,22 +551,16 @@ def experts(
     calibration: Annotated[
         list[Path] | None, typer.Option(help="Text of the task, plain or .gz; may be repeated.")
     ] = None,
-    windows: Annotated[
-        int | None, typer.Option(help="Windows of it to read; the paper's by default.")
-    ] = None,
-    tokens: Annotated[
-        int | None, typer.Option(help="Tokens of a window; the paper's by default.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Of which windows are drawn.")] = 0,
+    windows: Windows = None,
+    tokens: Tokens = None,
+    seed: Seed = 0,
     keep: Annotated[
         int | None, typer.Option(help="Experts that stay in every layer; half of them.")
     ] = None,
     save_plan: Annotated[
         Path | None, typer.Option(help="Where to keep the plan, for `model --plan`.")
     ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="cpu or cuda; a GPU if there is one by default.")
-    ] = None,
+    device: Device = None,
 ) -> None:
     """Remember which experts a task uses, and plan to keep those of a task or of a query's."""
     from transformers import AutoTokenizer
