@@ -705,8 +705,7 @@ def anything_decoder() -> str:
 
 
 def experts(name: str) -> str:
-    report = results(name, "model")
-    figures = report["figures"]
+    figures = results(name, "model")["figures"]
     names = {
         "dense": "the dense model, untrained",
         "all": "all 8 experts",
@@ -718,23 +717,27 @@ def experts(name: str) -> str:
         "2 experts, others": "2: PreMoe, of the other tasks (mean)",
         "2 experts, random": "2: random (mean of 3 seeds)",
     }
-    head = [f"{family}, {rows['held']} rows" for family, rows in report["rows"].items()]
     rows = []
     for choice, label in names.items():
         found = [figures[family][choice] for family in figures]
         cells = [f"{f['loss']:.2f} · {100 * f['tokens']:.0f} %" for f in found]
-        right = sum(f["right"] for f in found) / len(found)
-        rows.append([label, *cells, f"{100 * right:.1f} %"])
-    return table(["experts that stay in a layer", *head, "whole answers"], rows)
+        loss, tokens, right = (
+            sum(f[what] for f in found) / len(found) for what in ("loss", "tokens", "right")
+        )
+        mean = [f"{loss:.2f} · {100 * tokens:.0f} %", f"{100 * right:.1f} %"]
+        rows.append([label, *cells, *mean])
+    return table(["experts that stay in a layer", *figures, "mean", "answers right, mean"], rows)
 
 
-def experts_margins(name: str) -> str:
-    figures = results(name, "model")["figures"]
+def experts_margins() -> str:
+    figures = results("experts", "model")["figures"]
     names = {
-        "all": "all 8 experts",
+        "all": "4: all 8 experts",
         "frequency": "4: chosen most often",
         "random": "4: random",
         "others": "4: of the other tasks",
+        "2 experts, random": "2: random",
+        "2 experts, others": "2: of the other tasks",
     }
     rows = []
     for choice, label in names.items():
@@ -744,7 +747,7 @@ def experts_margins(name: str) -> str:
             low, high = found["interval"]
             cells.append(f"{found['value']:+z.2f} ({low:+z.2f} to {high:+z.2f})")
         rows.append([label, *cells])
-    return table(["PreMoe's half less", *figures], rows)
+    return table(["loss of PreMoe's less that of", *figures], rows)
 
 
 def experts_cost() -> str:
@@ -816,8 +819,7 @@ TABLES = {
     "throughput-parts": throughput_parts,
     "experts": lambda: experts("experts"),
     "experts_3": lambda: experts("experts_3"),
-    "experts_margins": lambda: experts_margins("experts"),
-    "experts_margins_3": lambda: experts_margins("experts_3"),
+    "experts_margins": experts_margins,
     "experts_cost": experts_cost,
     "heads": heads,
     "kv_attention": kv_attention,

@@ -87,6 +87,10 @@ FAMILIES = {
         "commonsense_qa_answer_given_question_without_options",
     ),
 }
+AGAINST = {
+    "premoe": ("all", "frequency", "random", "others"),
+    "2 experts, premoe": ("2 experts, random", "2 experts, others"),
+}
 TRAINED, HELD = 360, 60  # rows of a family at most
 WINDOWS, TOKENS = 32, 128  # of training rows, to choose experts on
 QUERIES, SEEDS = 10, 3
@@ -338,7 +342,6 @@ def figures(
             "2 experts, others": [f"2 experts, {name}" for name in others],
             "2 experts, random": [f"2 experts, random {seed}" for seed in range(SEEDS)],
         }
-        own = of(choices["premoe"], family)
         table[family] = {
             choice: {
                 "right": float(of(names, family)[:, 0].mean()),
@@ -349,8 +352,9 @@ def figures(
             for choice, names in choices.items()
         }
         table[family]["loss of premoe less that of"] = {
-            choice: interval((own - of(choices[choice], family))[:, 2])
-            for choice in ("all", "frequency", "random", "others")
+            than: interval((of(choices[own], family) - of(choices[than], family))[:, 2])
+            for own, others in AGAINST.items()
+            for than in others
         }
     found = known["retrieved"]
     return {
