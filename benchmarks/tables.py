@@ -630,6 +630,17 @@ def prune_memory() -> str:
     return table(["3.2 billion weights", "peak, GiB", "libraries", "seconds"], rows)
 
 
+def prune_memory_methods() -> str:
+    report = results("memory-methods", "model")
+    rows = [
+        [f"`{name}`", *(f"{row[kind] / 2**30:.2f}" for kind in ("peak", "peak_anonymous"))]
+        for name, row in report["rows"].items()
+    ]
+    whole = f"{report['whole_model_by_arithmetic']['float32'] / 2**30:.2f}"
+    rows.append(["the model alone in float32, by arithmetic", "", whole])
+    return table(["135 million weights", "peak, GiB", "of it not mapped, libraries apart"], rows)
+
+
 KINDS = ("ResNet", "MobileNet", "ViT", "BERT", "GRU cell")
 
 
@@ -835,6 +846,7 @@ TABLES = {
     "prune_elements": prune_elements,
     "prune_layers": prune_layers,
     "prune_memory": prune_memory,
+    "prune_memory_methods": prune_memory_methods,
     "prune_pattern": prune_pattern,
     "prune_flips": prune_flips,
     "prune_policy": prune_policy,
