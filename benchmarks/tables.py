@@ -638,7 +638,7 @@ def prune_memory_methods() -> str:
     ]
     whole = f"{report['whole_model_by_arithmetic']['float32'] / 2**30:.2f}"
     rows.append(["the model alone in float32, by arithmetic", "", whole])
-    return table(["135 million weights", "peak, GiB", "of it not mapped, libraries apart"], rows)
+    return table(["135 million weights", "peak, GiB", "of it not mapped"], rows)
 
 
 KINDS = ("ResNet", "MobileNet", "ViT", "BERT", "GRU cell")
