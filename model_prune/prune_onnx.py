@@ -160,8 +160,10 @@ def prune_onnx(
     smaller: Any
     if isinstance(chosen, Obspa):
         read = rows.batches() if rows else _noise(dense, chosen)
-        files = {"file": _sha256(source), "data": data and _sha256(data)}
-        work = Work(work_of(out), about | files) if out is not None else None
+        work = None
+        if out is not None:
+            files = {"file": _sha256(source), "data": data and _sha256(data)}
+            work = Work(work_of(out), about | files)
         kept, smaller = obspa(network, read, chosen.remove, chosen.of, work=work, progress=progress)
     else:
         kept, smaller = _spa(network, chosen, rows)
