@@ -539,6 +539,20 @@ def prune_flips() -> str:
     return table([head, "start", "iCBS", "each weight alone", "code's clean-up", "flipped"], found)
 
 
+def prune_solver() -> str:
+    """Shares of the best gain that anything found in a block."""
+    rows = results("solver", "model")["rows"]
+    finders = [name for name, found in rows[0].items() if isinstance(found, dict)]
+    found = []
+    for name in finders:
+        shares = [row[name]["gain"] / max(row[each]["gain"] for each in finders) for row in rows]
+        seconds = statistics.fmean(row[name]["seconds"] for row in rows)
+        mean, least = f"{100 * statistics.fmean(shares):.2f} %", f"{100 * min(shares):.1f} %"
+        found.append([name, mean, least, f"{seconds:.3f}"])
+    head = f"{len(rows)} blocks of {rows[0]['weights']} weights"
+    return table([head, "of the best gain found, mean", "least", "seconds a block"], found)
+
+
 def prune_policy() -> str:
     """Of random rows the mean over seeds."""
     report = results("policy", "model")
@@ -851,6 +865,7 @@ TABLES = {
     "prune_flips": prune_flips,
     "prune_policy": prune_policy,
     "prune_serving": prune_serving,
+    "prune_solver": prune_solver,
     "prune_speed": prune_speed,
     "prune_units": prune_units,
 }

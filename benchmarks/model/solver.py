@@ -93,7 +93,7 @@ def main() -> None:
             started = time.perf_counter()
             flips = find(block)
             seconds = time.perf_counter() - started
-            row[name] = {"gain": -Block.change(block, flips), "seconds": seconds}
+            row[name] = {"gain": -block.change(flips), "seconds": seconds}
         rows.append({"block": int(at), "weights": len(block.kept), **row})
     write_json(
         HERE / "results" / "solver.json",
