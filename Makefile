@@ -15,7 +15,7 @@ help: ## list the targets
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade "pip>=25.1"
 	$(BIN)/pip install --quiet "$(TORCH)"
-	$(BIN)/pip install --quiet --editable ".[demo]" --group dev
+	$(BIN)/pip install --quiet --editable ".[data,demo]" --group dev
 	touch $@
 
 setup: .venv/.ready ## make the environment

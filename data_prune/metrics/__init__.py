@@ -1,0 +1,1 @@
+"""One metric a file; `data_prune.METHODS` lists them."""
