@@ -238,11 +238,6 @@ class Rows:
     def __len__(self) -> int:
         return len(self.positions)
 
-    @property
-    def lengths(self) -> NDArray[np.int64]:
-        """(n,) in characters."""
-        return np.array([len(text) for text in self.texts], dtype=np.int64)
-
     def without(self, unfit: Mapping[int, str]) -> Rows:
         """Without the rows at these places of this order, each with the reason."""
         kept = np.array([i for i in range(len(self)) if i not in unfit], dtype=np.int64)

@@ -236,15 +236,7 @@ def load_method(name: str, **settings: Any) -> "PruningMethod":
     Raises UnknownName for a name that is not in the table, InputError for a setting that the
     method does not have or refuses.
     """
-    from prune_core.errors import InputError, RecipeError
-    from prune_core.recipe import parse_recipe
-
-    try:
-        method: PruningMethod = parse_recipe(settings, METHODS.get(name))
-    except RecipeError as error:
-        if isinstance(error.__cause__, InputError):  # the method's own words need no recipe around
-            raise error.__cause__ from None
-        raise
+    method: PruningMethod = METHODS.build(name, settings)
     return method
 
 

@@ -31,9 +31,9 @@ from model_prune.graph.importance import (
 from model_prune.graph.network import Network
 from model_prune.graph.onnx import OnnxNetwork
 from model_prune.graph.readers import noise, obspa
-from model_prune.page import write_page
 from model_prune.prune import work_of
 from prune_core.errors import InputError, unknown_name
+from prune_core.page import write_page
 from prune_core.provenance import provenance
 from prune_core.recipe import parse_recipe
 from prune_core.storage import StrPath, write_json
@@ -119,7 +119,13 @@ class OnnxReport:
     def to_html(self, path: StrPath) -> None:
         """Write one page; see `write_page`."""
         levels = {name: round(10 * (1 - n / of)) for name, (n, of) in self.families.items()}
-        write_page(path, "network.html.j2", report=self, levels=levels)
+        write_page(
+            path,
+            Path(__file__).with_name("network.html.j2"),
+            title=self.title,
+            report=self,
+            levels=levels,
+        )
 
 
 def prune_onnx(

@@ -27,8 +27,8 @@ from model_prune.core.target import MATRICES, UNITS, Dims, Family, place_of
 from model_prune.core.units import kept_weights
 from model_prune.evaluate import Perplexity, compare
 from model_prune.graph.cut import dims_after
-from model_prune.page import write_page
 from prune_core.errors import InputError
+from prune_core.page import write_page
 from prune_core.storage import StrPath, write_json
 
 ATTENTION, FFN = MATRICES[:4], MATRICES[4:]
@@ -410,7 +410,14 @@ class Report:
             (layer, [_cell(layer.share(names)) for names in parts.values()], _units(layer))
             for layer in self.layers
         ]
-        write_page(path, "report.html.j2", report=self, parts=parts, columns=columns)
+        write_page(
+            path,
+            Path(__file__).with_name("report.html.j2"),
+            title=self.title,
+            report=self,
+            parts=parts,
+            columns=columns,
+        )
 
 
 def _size(dims: Dims | None, matrix: str) -> int:

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import KW_ONLY, asdict, dataclass
 from typing import Any
 
-from prune_core.errors import InputError, unknown_name
+from prune_core.errors import InputError, RecipeError, unknown_name
+from prune_core.recipe import parse_recipe
 
 
 @dataclass(frozen=True)
@@ -118,3 +119,17 @@ class Registry:
             importlib.import_module(method.module), method.target.partition(":")[2]
         )
         return found
+
+    def build(self, name: str, settings: Mapping[str, Any]) -> Any:
+        """The class called `name` with these settings, read strictly as a recipe's are.
+
+        Raises UnknownName for the name, RecipeError for a setting that is unknown or of another
+        type, and InputError, in the class's own words, for one that it refuses.
+        """
+        try:
+            return parse_recipe(settings, self.get(name))
+        except RecipeError as error:
+            # The method's own words need no recipe around them.
+            if isinstance(error.__cause__, InputError):
+                raise error.__cause__ from None
+            raise

@@ -117,7 +117,7 @@ def hard_from(
                 labels[rest],
                 floors=even_floors(labels[rest], count, balance),
             )
-            kept = rest[choose(ranking, count)]
+            kept = rest[choose(ranking, count, draws[rest])]
             if len(np.unique(labels[kept])) < 2:
                 right.append(0.0)
                 continue
