@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import data_prune
 import model_prune
 import rag_prune
 
@@ -818,7 +819,7 @@ def methods() -> str:
         ["name", "family", "paper", "needs", "costs"],
         [
             [f"`{r['name']}`", r["family"], paper(r), r["needs"], r["cost"]]
-            for package in (rag_prune, model_prune)
+            for package in (rag_prune, data_prune, model_prune)
             for r in (m.to_dict() for m in package.METHODS)
         ],
     )

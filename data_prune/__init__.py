@@ -6,17 +6,20 @@ from prune_core.registry import Method, Registry
 
 if TYPE_CHECKING:
     from data_prune.budget import Budget
+    from data_prune.costs import Estimate, estimate
     from data_prune.engine import Local, Ray
-    from data_prune.selector import select
     from data_prune.selection import Selection
+    from data_prune.selector import select
 
-__all__ = ["METHODS", "Budget", "Local", "Ray", "Selection", "select"]
+__all__ = ["METHODS", "Budget", "Estimate", "Local", "Ray", "Selection", "estimate", "select"]
 
 _WHERE = {
     "Budget": "data_prune.budget",
+    "Estimate": "data_prune.costs",
     "Local": "data_prune.engine",
     "Ray": "data_prune.engine",
     "Selection": "data_prune.selection",
+    "estimate": "data_prune.costs",
     "select": "data_prune.selector",
 }
 
@@ -47,8 +50,13 @@ METHODS = Registry(
 
 
 def __getattr__(name: str) -> Any:
-    if name in _WHERE:
-        import importlib
+    """Import the public names when first asked for, so that this package imports little."""
+    if name not in _WHERE:
+        raise AttributeError(f"module 'data_prune' has no attribute '{name}'")
+    from importlib import import_module
 
-        return getattr(importlib.import_module(_WHERE[name]), name)
-    raise AttributeError(f"module 'data_prune' has no attribute '{name}'")
+    return getattr(import_module(_WHERE[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -110,7 +110,7 @@ class Budget:
     def __str__(self) -> str:
         if self.rows is not None:
             return f"{self.rows:,} rows"
-        return f"{self.share:.4g} of the rows" if self.share else f"{self.tokens:,} tokens"
+        return f"{100 * self.share:.4g} % of the rows" if self.share else f"{self.tokens:,} tokens"
 
 
 def bounds(count: Count | None, names: list[str], total: int, default: int) -> NDArray[np.int64]:

@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,10 +33,10 @@ def keys_of(texts: list[str]) -> Array:
     )
 
 
-def cache_folder(given: StrPath | None) -> Path:
-    """The folder given, or `data` in $PRUNEKIT_CACHE, or in ~/.cache/prunekit."""
+def cache_folder(given: StrPath | Literal[True]) -> Path:
+    """The folder given, or, for True, `data` in $PRUNEKIT_CACHE or in ~/.cache/prunekit."""
     root = os.environ.get("PRUNEKIT_CACHE") or Path.home() / ".cache" / "prunekit"
-    return Path(given) if given else Path(root, "data")
+    return Path(root, "data") if given is True else Path(given)
 
 
 class Cache:
@@ -87,6 +87,11 @@ class Cache:
             self._save(unique[part], piece)
         assert values is not None  # there is a key, so there is a value
         return values[back]
+
+    def missing(self, keys: Array) -> NDArray[np.int64]:
+        """The first place of each key that has no value yet, ascending."""
+        unique, first = np.unique(keys, return_index=True)
+        return np.sort(first[~self._load(unique)[0]])
 
     def _pieces(self) -> list[Path]:
         return sorted(self._folder.glob("*.keys.npy")) if self._folder else []

@@ -167,7 +167,7 @@ def _far(selection: Selection, rows: NDArray[np.int64]) -> float | None:
     for start in range(0, len(rows), 4096):
         cosines = sample @ vectors[np.sort(rows[start : start + 4096])].T
         nearest = np.maximum(nearest, cosines.max(axis=1))
-    return float((1 - nearest).mean())
+    return max(0.0, float((1 - nearest).mean()))
 
 
 def _sample(selection: Selection, count: int) -> NDArray[np.int64]:

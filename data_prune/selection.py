@@ -380,8 +380,8 @@ class _Reasons(Sequence[str]):
         if not place:
             return f"dropped: it could not be scored; {found}"
         verdict = "kept" if of._kept[row] else "dropped"
-        among = "of its group's" if of._ranking.weights is not None else "of"
-        return f"{verdict}: {place:,}. {among} {peers:,}, of which {kept:,} stay; {found}"
+        among = " in its group" if of._ranking.weights is not None else ""
+        return f"{verdict}: rank {place:,} of {peers:,}{among}, of which {kept:,} stay; {found}"
 
     def __iter__(self) -> Iterator[str]:
         return (self[i] for i in range(len(self)))

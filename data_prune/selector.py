@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -70,13 +70,13 @@ def select(
     of the extra `data` that are needed and not installed.
     """
     budget = Budget.of(budget)
-    metric = _metric(metric)
+    metric = metric_of_name(metric)
     source = read(dataset)
     names = Columns(prompt=prompt, response=response, text=text, label=label, id=id)
     names = names.found(source.names)
     rows = rows_of(source, names)
     engine = engine or Local()
-    folder = None if cache is False else cache_folder(None if cache is True else cache)
+    folder = None if cache is False else cache_folder(cache)
     vectors = None
     if metric.embeds or isinstance(embeddings, np.ndarray):
         vectors = _vectors(rows, len(source), embeddings, metric.embeds, engine, folder)
@@ -134,7 +134,8 @@ def select(
     return selection
 
 
-def _metric(metric: str | Metric) -> Metric:
+def metric_of_name(metric: str | Metric) -> Metric:
+    """The metric of that name, with its defaults; or as it is."""
     from data_prune import METHODS
 
     if isinstance(metric, Metric):
@@ -162,13 +163,17 @@ def _vectors(
                 f"{embeddings.shape} of {embeddings.dtype}."
             )
         return Vectors(embeddings, rows.positions)
-    texts = rows.prompts if of == "prompt" and rows.prompts else rows.texts
-    return Vectors(
-        embed(texts, _encoder(embeddings), engine, folder), np.arange(len(rows), dtype=np.int64)
-    )
+    vectors = embed(texts_of(rows, of), encoder_of(embeddings), engine, folder)
+    return Vectors(vectors, np.arange(len(rows), dtype=np.int64))
 
 
-def _encoder(embeddings: Any) -> Encoder:
+def texts_of(rows: Rows, embeds: str | None) -> Sequence[str]:
+    """What a metric embeds of each row."""
+    return rows.prompts if embeds == "prompt" and rows.prompts else rows.texts
+
+
+def encoder_of(embeddings: Any) -> Encoder:
+    """A callable as it is, or a sentence-transformers model by its name."""
     return embeddings if callable(embeddings) else SentenceEncoder(embeddings)
 
 

@@ -63,6 +63,10 @@ Page = Annotated[Path | None, typer.Option("--html", help="Also write a page to 
 Windows = Annotated[int | None, typer.Option(help="Windows of it to read; the paper's by default.")]
 Tokens = Annotated[int | None, typer.Option(help="Tokens of a window; the paper's by default.")]
 Seed = Annotated[int, typer.Option(help="Of which windows are drawn.")]
+Setting = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="A further setting, as NAME=VALUE; may be repeated."),
+]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; a GPU if there is one by default.")]
 
 
@@ -401,6 +405,119 @@ def kv_calibrate(
     typer.echo(f"Wrote {out}.")
 
 
+@app.command("data")
+def data(
+    source: Annotated[
+        Path, typer.Argument(metavar="ROWS", help="A .jsonl, .jsonl.gz, .csv or .parquet file.")
+    ],
+    budget: Annotated[
+        str | None, typer.Option(help="Rows that stay: a number like 500, or a share like 20%.")
+    ] = None,
+    budget_tokens: Annotated[
+        int | None, typer.Option(help="Instead: tokens that stay; with --tokenizer.")
+    ] = None,
+    metric: Annotated[str, typer.Option(help="A data metric from `prunekit methods`.")] = (
+        "prototypes"
+    ),
+    setting: Setting = None,
+    out: Annotated[Path | None, typer.Option(help="The folder to write.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="The column of the prompts.")] = None,
+    response: Annotated[str | None, typer.Option(help="The column of the responses.")] = None,
+    text: Annotated[str | None, typer.Option(help="The column of rows that are one text.")] = None,
+    label: Annotated[str | None, typer.Option(help="The column of the classes.")] = None,
+    row_id: Annotated[str | None, typer.Option("--id", help="The column of your own ids.")] = None,
+    embeddings: Annotated[
+        str | None,
+        typer.Option(help="A sentence-transformers model, or .npy numbers (rows, width)."),
+    ] = None,
+    target: Annotated[
+        Path | None, typer.Option(help="Rows of what the model shall be good at (dsir, rds).")
+    ] = None,
+    scores: Annotated[
+        str | None, typer.Option(help="The column of scores made elsewhere (imported).")
+    ] = None,
+    group_by: Annotated[
+        str | None, typer.Option(help="A column of groups, for the next two options.")
+    ] = None,
+    min_per_group: Annotated[
+        float | None, typer.Option(help="Rows that each group keeps; below 1, of the budget.")
+    ] = None,
+    max_per_group: Annotated[
+        float | None, typer.Option(help="Rows that a group keeps at most; below 1, of the budget.")
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="The reading model's: a folder or a hub name.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(help="Threads; all cores by default.")] = None,
+    ray: Annotated[bool, typer.Option("--ray", help="Run on Ray Data instead of threads.")] = False,
+    seed: Annotated[int, typer.Option(help="Of whatever is drawn.")] = 0,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what it would cost; score nothing.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
+) -> None:
+    """Choose the rows of a training set that are worth their place, each with a reason.
+
+    OUT gets the rows kept, rows.parquet with every row's score and reason, and a page. The same
+    command goes on where it was stopped: what models said of a text stays in the cache.
+    """
+    import numpy as np
+
+    from data_prune import METHODS, Budget, Local, Ray, select
+    from data_prune.costs import estimate
+
+    if (budget is None) == (budget_tokens is None):
+        raise InputError("Give a --budget (500, 20%) or --budget-tokens: one of the two.")
+    if out is None and not dry_run:
+        raise InputError("Name the folder to write with --out, or look first with --dry-run.")
+    limits: dict[str, Any] = {"group_by": group_by}
+    for name, bound in (("min_per_group", min_per_group), ("max_per_group", max_per_group)):
+        if bound is not None:
+            limits[name] = bound if bound < 1 else int(bound)
+    whole = Budget(tokens=budget_tokens) if budget is None else Budget.of(budget)
+    given: dict[str, Any] = {
+        "metric": METHODS.build(metric, _settings(setting)),
+        "budget": replace(whole, **limits),
+        "seed": seed,
+        "prompt": prompt,
+        "response": response,
+        "text": text,
+        "label": label,
+        "id": row_id,
+        "embeddings": embeddings,
+    }
+    if embeddings and embeddings.endswith(".npy"):
+        try:
+            given["embeddings"] = np.load(embeddings, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise InputError(f"Cannot read the array '{embeddings}': {error}.") from error
+    if dry_run:
+        typer.echo(estimate(source, **given))
+        return
+    if tokenizer:
+        from rag_prune.integrations.documents import load_tokenizer
+
+        given["tokenizer"] = load_tokenizer(tokenizer)
+    if workers is not None or ray:
+        chosen = Ray if ray else Local
+        given["engine"] = chosen() if workers is None else chosen(workers)
+    with _notes_as_lines():
+        selection = select(source, target=target, scores=scores, **given)
+    assert out is not None
+    selection.save(out, overwrite)
+    typer.echo(selection)
+
+
+@contextmanager
+def _notes_as_lines() -> Iterator[None]:
+    """Warnings as one line each on standard error, without the place in the code."""
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: typer.echo(f"note: {message}", err=True)
+        yield
+
+
 @app.command("model")
 def model(
     source: Annotated[
@@ -424,10 +541,7 @@ def model(
     target: Annotated[
         list[str] | None, typer.Option(help="Prune only these, such as 'mlp.*'; may be repeated.")
     ] = None,
-    setting: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="A further setting, as NAME=VALUE; may be repeated."),
-    ] = None,
+    setting: Setting = None,
     calibration: Annotated[
         list[Path] | None,
         typer.Option(help="Text, UTF-8, plain or .gz; may be repeated. Of .onnx: .npz or .npy."),
@@ -458,8 +572,6 @@ def model(
     The same command goes on where it was stopped: what was found of each layer stays in OUT.work
     until the model is written. An .onnx file becomes a smaller one, by spa or obspa.
     """
-    import yaml
-
     from model_prune import Plan, load_method
     from model_prune.prune import describe, plan_model, prune_model, work_of, write_pruned
     from prune_core.storage import read_text
@@ -471,11 +583,7 @@ def model(
     given: dict[str, Any] = {"sparsity": sparsity, "pattern": pattern, "remove": remove}
     given |= {"targets": target or None}
     given = {name: value for name, value in given.items() if value is not None}
-    for text in setting or ():
-        name, equals, value = text.partition("=")
-        if not equals:
-            raise InputError(f"--set takes NAME=VALUE, got '{text}'.")
-        given[name] = yaml.safe_load(value)
+    given |= _settings(setting)
     if source.endswith(".onnx"):
         wrong: dict[str, Any] = {"windows": windows, "tokens": tokens, "plan": plan}
         wrong |= {"save-plan": save_plan, "evaluate": evaluate, "device": device}
@@ -517,6 +625,19 @@ def model(
     typer.echo(report)
     if html:
         report.to_html(html)
+
+
+def _settings(given: list[str] | None) -> dict[str, Any]:
+    """What --set says, each value read as YAML."""
+    import yaml
+
+    settings = {}
+    for text in given or ():
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise InputError(f"--set takes NAME=VALUE, got '{text}'.")
+        settings[name] = yaml.safe_load(value)
+    return settings
 
 
 def _prune_onnx_file(
@@ -647,10 +768,12 @@ def methods(
     as_json: Annotated[bool, typer.Option("--json", help="As a JSON list.")] = False,
 ) -> None:
     """List every method, its paper, what it needs and what it costs."""
+    import data_prune
     import model_prune
     import rag_prune
 
-    rows = [method.to_dict() for package in (rag_prune, model_prune) for method in package.METHODS]
+    packages = (rag_prune, data_prune, model_prune)
+    rows = [method.to_dict() for package in packages for method in package.METHODS]
     if as_json:
         typer.echo(json.dumps(rows, indent=2))
         return
