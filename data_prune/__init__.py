@@ -36,6 +36,16 @@ METHODS = Registry(
             cost="none",
         ),
         Method(
+            "imported",
+            "data_prune.metrics.imported:Imported",
+            family="baseline",
+            paper="scores made elsewhere, such as memorization (Feldman and Zhang)",
+            year=2020,
+            arxiv="2008.03703",
+            needs="scores",
+            cost="none",
+        ),
+        Method(
             "prototypes",
             "data_prune.metrics.prototypes:Prototypes",
             family="embeddings",

@@ -109,9 +109,16 @@ def read(dataset: Any) -> Source:
     dataset: a Hugging Face Dataset; a list of dicts or of strings; a pandas DataFrame; or the path
     of a .jsonl, .jsonl.gz, .csv or .parquet file, or of a folder of .parquet files.
 
-    Raises InputError for anything else, and for a file that cannot be read; MissingExtra for
-    Parquet without the package `datasets`.
+    Raises InputError for anything else, for a file that cannot be read, and where there is no row;
+    MissingExtra for Parquet without the package `datasets`.
     """
+    source = _source(dataset)
+    if not len(source):
+        raise InputError("The data set is empty: there is nothing to select from.")
+    return source
+
+
+def _source(dataset: Any) -> Source:
     if isinstance(dataset, str | os.PathLike):
         return _read_file(Path(dataset))
     kind = type(dataset)
@@ -257,10 +264,8 @@ class Rows:
 def rows_of(source: Source, columns: Columns) -> Rows:
     """Read what is scored of each row; `columns` as `Columns.found` gives them.
 
-    Raises InputError if there is no row, none that can be scored, or an id is there twice.
+    Raises InputError if no row can be scored, or an id is there twice.
     """
-    if not len(source):
-        raise InputError("The data set is empty: there is nothing to select from.")
     fields, invalid = _fields(source, columns)
     labels = source.column(columns.label) if columns.label else None
     own = source.column(columns.id) if columns.id else None
