@@ -128,7 +128,7 @@ class _Worker(Generic[S, R]):
 class Ray(Engine):
     """Actors of Ray Data: on this machine, or on the cluster that `ray.init` joined.
 
-    workers: actors, each with one core.
+    workers: actors, each asking for half a core, so that as much is left to feed them.
     """
 
     workers: int = 2
@@ -149,7 +149,7 @@ class Ray(Engine):
             fn_constructor_args=(ray.put(work), ray.put(items)),
             batch_size=1,
             compute=data.ActorPoolStrategy(size=min(self.workers, len(items))),
-            num_cpus=1,
+            num_cpus=0.5,  # with whole cores the actors would leave none to feed them
         )
         early: dict[int, R] = {}
         following = 0
