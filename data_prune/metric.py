@@ -35,7 +35,8 @@ class Given:
 
     keep: rows that the budget asks for.   vectors: of what the metric embeds.
     target, target_vectors: rows of what the model shall be good at.
-    log: from training, (checkpoints, n) arrays by name; see `data_prune.training_log`.
+    log: from training, (epochs, n) or (runs, epochs, n) arrays by name; see
+    `data_prune.training_log`.
     degradation, losses: callables, or (n,) arrays.   scores: (n,) made elsewhere.
     """
 

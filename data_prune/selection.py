@@ -149,7 +149,9 @@ class Selection:
         if row in self._ranking.barred:
             return words
         words += f" Its score is {self._ranking.scores[row]:.4g} (higher is kept)."
-        if self.budget.tokens is None and self.budget.group_by is None:
+        # Where groups share the budget, more of it can mean less for one of them.
+        alone = self.budget.group_by is None and self._ranking.weights is None
+        if self.budget.tokens is None and alone:
             needed = self._needed(row)
             if self._kept[row]:
                 words += f" It stays down to a budget of {needed:,} rows."

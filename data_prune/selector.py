@@ -58,7 +58,7 @@ def select(
     sentence-transformers model. By default all-MiniLM-L6-v2, only if the metric needs it.
     target: rows of what the model shall be good at, of any kind that `dataset` is; where
     embeddings is an array, one as well.
-    log: a TrainingLog, or (epochs, n) arrays by name.
+    log: a TrainingLog, or (epochs, n) arrays by name, or those of several runs, (runs, epochs, n).
     degradation: (n,) how much a pruned model lost on each row, or a callable of prompts and
     responses.   losses: (n, 2) or such a callable, for ifd.
     scores: (n,) made elsewhere, higher is kept, or the name of a column with them.
@@ -216,12 +216,12 @@ def _log(log: Any, source: Source, rows: Rows) -> Mapping[str, Array] | None:
         return None
     arrays: Mapping[str, Array] = getattr(log, "arrays", log)
     for name, array in arrays.items():
-        if np.ndim(array) != 2 or np.shape(array)[1] != len(source):
+        if np.ndim(array) not in (2, 3) or np.shape(array)[-1] != len(source):
             raise InputError(
-                f"log['{name}'] must be (epochs, rows) for {len(source)} rows, got shape "
-                f"{np.shape(array)}."
+                f"log['{name}'] must be (epochs, rows) or (runs, epochs, rows) for {len(source)} "
+                f"rows, got shape {np.shape(array)}."
             )
-    return {name: np.asarray(array)[:, rows.positions] for name, array in arrays.items()}
+    return {name: np.asarray(array)[..., rows.positions] for name, array in arrays.items()}
 
 
 def _aligned(name: str, values: Any, source: Source, rows: Rows) -> Any:

@@ -436,6 +436,10 @@ def data(
     scores: Annotated[
         str | None, typer.Option(help="The column of scores made elsewhere (imported).")
     ] = None,
+    log: Annotated[
+        list[Path] | None,
+        typer.Option(help="The folder of a TrainingLog; one a run, where there are several."),
+    ] = None,
     group_by: Annotated[
         str | None, typer.Option(help="A column of groups, for the next two options.")
     ] = None,
@@ -498,6 +502,10 @@ def data(
         from rag_prune.integrations.documents import load_tokenizer
 
         given["tokenizer"] = load_tokenizer(tokenizer)
+    if log:
+        from data_prune.training_log import TrainingLog, runs
+
+        given["log"] = runs([TrainingLog.load(folder) for folder in log])
     if workers is not None or ray:
         chosen = Ray if ray else Local
         given["engine"] = chosen() if workers is None else chosen(workers)

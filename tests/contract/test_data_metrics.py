@@ -45,7 +45,7 @@ def given(order):
 
 LOG = {
     "el2n": RNG.random((4, N)),
-    "grand": RNG.random((4, N)),
+    "gradient_norm": RNG.random((4, N)),
     "margin": RNG.normal(size=(4, N)),
     "correct": (RNG.random((4, N)) > 0.4).astype(float),
     "entropy": RNG.random((4, N)),
