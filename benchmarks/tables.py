@@ -799,6 +799,84 @@ def experts_cost() -> str:
     )
 
 
+def data_training() -> str:
+    labels = {"0% of the labels wrong": "clean", "20% of the labels wrong": "a fifth wrong"}
+    shares = ("0.1", "0.2", "0.4", "0.6")
+    found = results("training_metrics", "data")
+    names = [name for name in found[next(iter(labels))]["accuracy"] if name != "all rows"]
+    return table(
+        [
+            "kept",
+            *(f"{label}, {100 * float(f):.0f} %" for label in labels.values() for f in shares),
+        ],
+        [
+            [name]
+            + [
+                f"{100 * cell['mean']:.1f} ± {100 * cell['error']:.1f}"
+                for group in labels
+                for cell in (found[group]["accuracy"][name][share] for share in shares)
+            ]
+            for name in names
+        ],
+    )
+
+
+def data_distill() -> str:
+    rows = [r for r in results("distill", "data")["rows"] if r["row"] == "student"]
+    rows = [r for r in rows if r["noise"] == 0.2 and r["learning_rate"] == 0.003]
+    shares = sorted({r["keep_ratio"] for r in rows})
+    columns: dict[str, dict[str, Any]] = {
+        "random, alone": {"choice": "random", "weight": 0.0, "teacher": 64},
+        "α .5": {"choice": "random", "weight": 0.5, "teacher": 64},
+        "α 1": {"choice": "random", "weight": 1.0, "teacher": 64},
+        "small teacher": {"choice": "random", "weight": 1.0, "teacher": 16},
+        "large teacher": {"choice": "random", "weight": 1.0, "teacher": 256},
+        "hardest, alone": {"choice": "el2n_hard", "weight": 0.0, "teacher": 64},
+        "hardest, α 1": {"choice": "el2n_hard", "weight": 1.0, "teacher": 64},
+    }
+
+    def cell(share: float, wanted: dict[str, Any]) -> str:
+        for r in rows:
+            if r["keep_ratio"] == share and all(r[k] == v for k, v in wanted.items()):
+                return f"{r['accuracy']:.1f} ± {r['standard_error']:.1f}"
+        return ""
+
+    return table(
+        ["kept", *columns],
+        [[f"{100 * f:.0f} %", *(cell(f, wanted) for wanted in columns.values())] for f in shares],
+    )
+
+
+def data_theory() -> str:
+    rows = results("theory", "data")["table"]
+    names = {
+        "all": (1.0, None),
+        **{
+            f"{keep} {100 * f:.0f} %": (f, keep)
+            for f in (0.5, 0.2)
+            for keep in ("easy", "random", "hard")
+        },
+    }
+
+    def cell(alpha: float, share: float, keep: str | None) -> str:
+        [found] = [
+            r
+            for r in rows
+            if r["alpha_total"] == alpha
+            and r["keep_ratio"] == share
+            and r["keep"] in (keep, None if keep else r["keep"])
+        ][:1]
+        return f"{100 * found['theory']:.1f} ({100 * found['simulation']:.1f})"
+
+    return table(
+        ["rows per dimension", *names],
+        [
+            [f"{alpha:g}", *(cell(alpha, *wanted) for wanted in names.values())]
+            for alpha in sorted({r["alpha_total"] for r in rows if r["keep_ratio"] == 0.2})
+        ],
+    )
+
+
 def install() -> str:
     rows = [
         [f"`{r['what']}`", str(r["packages"]), str(r["megabytes"]), str(r["seconds"]), r["torch"]]
@@ -832,6 +910,9 @@ TABLES = {
     "anything_cost": anything_cost,
     "anything_decoder": anything_decoder,
     "anything_trained": anything_trained,
+    "data-distill": data_distill,
+    "data-theory": data_theory,
+    "data-training": data_training,
     "demo": demo,
     "quality": quality,
     "quality-full": quality_full,

@@ -17,6 +17,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from rag_prune.kv import KVPruneConfig
@@ -228,6 +229,23 @@ def check_pruned_model(line: str, place: Place) -> None:
     assert plugins["prunekit_models"] == "model_prune.vllm_plugin:register"
 
 
+def check_data(line: str, place: Place) -> None:
+    """It says what it would cost, or writes the rows and a page; the encoder is left out."""
+    words = shlex.split(line, comments=True)
+    rows = [{"prompt": f"What is {i}?", "completion": f"It is {i}."} for i in range(20)]
+    (place.folder / words[2]).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    array = place.folder / "vectors.npy"
+    np.save(array, np.random.default_rng(0).normal(size=(20, 4)))
+    out = place.run(shlex.join([*words, "--embeddings", str(array)]))
+    if "--out" in words:
+        folder = place.folder / words[words.index("--out") + 1]
+        assert len((folder / "selected.jsonl").read_text().splitlines()) == 4
+        assert "<html" in (folder / "report.html").read_text(encoding="utf-8")
+        assert "4 of 20 rows kept" in out
+    else:
+        assert "20 can be scored, 4 stay" in out
+
+
 def check_methods(line: str, place: Place) -> None:
     """It lists them."""
     assert "provence" in place.run(line)
@@ -242,6 +260,7 @@ CHECKS: dict[str, Callable[[str, Place], None]] = {
     r"prunekit rag ask .*": check_ask,
     r"prunekit kv (plan|calibrate) .*": check_options,
     r"prunekit model(-eval)? .*": check_options,
+    r"prunekit data .*": check_data,
     r"vllm serve \w+": check_pruned_model,
     r"vllm serve .*": check_serving,
     r"prunekit methods( --json)?": check_methods,
