@@ -299,11 +299,10 @@ class Selection:
                 f"{self._kept.sum():,} rows are kept, {short:,} fewer than the budget: the metric "
                 f"bars the others, or could not score them."
             )
-        if self.scored.rows.invalid:
-            first, why = next(iter(sorted(self.scored.rows.invalid.items())))
+        if invalid := self.scored.rows.invalid:
             notes.append(
-                f"{len(self.scored.rows.invalid):,} rows cannot be scored and are dropped; the "
-                f"first is row {first}: {why}."
+                f"{len(invalid):,} of the rows cannot be scored and are dropped; the first is row "
+                f"{min(invalid)}: {invalid[min(invalid)]}."
             )
         return notes
 

@@ -134,18 +134,21 @@ def select(
     return selection
 
 
-def metric_of_name(metric: str | Metric) -> Metric:
-    """The metric of that name, with its defaults; or as it is."""
+def metric_of_name(metric: str | Metric, settings: Mapping[str, Any] = {}) -> Metric:
+    """The metric of that name with these settings; or, given as one, as it is.
+
+    Raises UnknownName for the name, InputError for a setting that it does not have or refuses.
+    """
     from data_prune import METHODS
 
     if isinstance(metric, Metric):
         return metric
-    found = METHODS.get(metric)
-    if not issubclass(found, Metric):
+    if not issubclass(METHODS.get(metric), Metric):
         raise InputError(
             f"'{metric}' is a way to train, not to choose rows: see `prunekit methods`."
         )
-    return found()
+    found: Metric = METHODS.build(metric, settings)
+    return found
 
 
 def _vectors(

@@ -467,20 +467,23 @@ def data(
     """
     import numpy as np
 
-    from data_prune import METHODS, Budget, Local, Ray, select
+    from data_prune import Budget, Local, Ray, select
     from data_prune.costs import estimate
+    from data_prune.selector import metric_of_name
 
     if (budget is None) == (budget_tokens is None):
         raise InputError("Give a --budget (500, 20%) or --budget-tokens: one of the two.")
     if out is None and not dry_run:
         raise InputError("Name the folder to write with --out, or look first with --dry-run.")
+    if out is not None and out.exists() and not overwrite and (out.is_file() or any(out.iterdir())):
+        raise InputError(f"'{out}' is there already: name another folder, or pass --overwrite.")
     limits: dict[str, Any] = {"group_by": group_by}
     for name, bound in (("min_per_group", min_per_group), ("max_per_group", max_per_group)):
         if bound is not None:
             limits[name] = bound if bound < 1 else int(bound)
     whole = Budget(tokens=budget_tokens) if budget is None else Budget.of(budget)
     given: dict[str, Any] = {
-        "metric": METHODS.build(metric, _settings(setting)),
+        "metric": metric_of_name(metric, _settings(setting)),
         "budget": replace(whole, **limits),
         "seed": seed,
         "prompt": prompt,
@@ -522,6 +525,7 @@ def _notes_as_lines() -> Iterator[None]:
     import warnings
 
     with warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)
         warnings.showwarning = lambda message, *_: typer.echo(f"note: {message}", err=True)
         yield
 

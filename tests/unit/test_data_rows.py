@@ -107,7 +107,9 @@ def test_rows_that_cannot_be_scored_are_dropped_with_the_reason():
         {"prompt": 3, "completion": "r"},
         {"completion": "r"},
     ]
-    with pytest.warns(UserWarning, match="4 rows cannot be scored and are dropped; the first is"):
+    with pytest.warns(
+        UserWarning, match="4 of the rows cannot be scored and are dropped; the first is"
+    ):
         selection = select([*bad, *PAIRS], metric="random", budget="50%")
     assert len(selection.indices) == 5
     assert [selection.reasons[i] for i in range(4)] == [

@@ -132,7 +132,7 @@ def test_embeddings_that_are_not_fit(vectors, message):
 def test_rows_without_a_direction_are_dropped():
     bad = VECTORS.copy()
     bad[3], bad[5], bad[7, 2] = 0, np.nan, np.inf
-    with pytest.warns(UserWarning, match="3 rows cannot be scored"):
+    with pytest.warns(UserWarning, match="3 of the rows cannot be scored"):
         selection = prototypes(vectors=bad)
     assert selection.reasons[3] == "dropped: its embedding is zero"
     assert selection.reasons[5] == "dropped: its embedding holds NaN or infinity"
@@ -232,7 +232,7 @@ def test_a_selection_with_unfit_rows_comes_back(tmp_path):
     rows = [*ROWS, {"text": "", "label": "a"}]
     vectors = np.concatenate([VECTORS, np.ones((1, 8))])
     vectors[4] = 0
-    with pytest.warns(UserWarning, match="2 rows cannot be scored"):
+    with pytest.warns(UserWarning, match="2 of the rows cannot be scored"):
         selection = prototypes(rows=rows, vectors=vectors)
     selection.save(tmp_path / "s")
     for loaded in (Selection.load(tmp_path / "s"), Selection.load(tmp_path / "s", rows)):
