@@ -16,11 +16,11 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import eigh
+from scipy.linalg import eigh, qr
 from scipy.sparse import csr_array
 from threadpoolctl import threadpool_limits
 
-from data_prune.clusters import Assign, kmeans, lloyd
+from data_prune.clusters import Assign, lloyd
 from data_prune.engine import Engine, shards
 from data_prune.vectors import Vectors
 from prune_core.errors import InputError
@@ -33,6 +33,7 @@ _ROWS_A_LANDMARK = 4  # at least: a row that is its own landmark is joined to ha
 _LANDMARKS_A_CLUSTER = 4  # at least, or nothing of its shape is left
 _DRAWN_A_LANDMARK = 8  # rows that the landmarks are spread on
 _SPREADING = 3  # iterations of Lloyd's: the landmarks need to be spread, not optimal
+_ROWS_A_CLUSTER = 256  # that k-means on the map is fitted on, as in `kmeans`
 _CHOICE_ROWS = 20_000
 
 
@@ -67,7 +68,6 @@ def landmark(
     draws: NDArray[np.float64],
     engine: Engine,
     k: int = 10,
-    seed: int = 0,
     landmarks: int | None = None,
     neighbours: int = 5,
 ) -> Diffusion:
@@ -79,7 +79,9 @@ def landmark(
     map of the rows. Here the kernel has local scales, K_ij = exp(-d_ij² / (σ_i σ_j)), σ the
     distance to the last neighbour (Zelnik-Manor & Perona, "Self-tuning spectral clustering", NIPS
     2004); landmarks are spread by a few iterations of k-means; the map is clustered by k-means
-    on rows of unit length (Ng, Jordan & Weiss, NIPS 2001). PASER's own scheme is `dense`.
+    on rows of unit length (Ng, Jordan & Weiss, NIPS 2001), from the k rows that a pivoted QR finds
+    furthest apart (Damle, Minden & Ying, 2016, arXiv:1609.08251) in place of many random starts.
+    PASER's own scheme is `dense`.
 
     vectors: n unit vectors.   draws: (n,) numbers in [0, 1) that belong to the rows; landmarks are
     those of the lowest.   k: clusters; 10 in PASER's code.   landmarks: m; by default 1,000, at
@@ -108,8 +110,9 @@ def landmark(
     walk = _walk(vectors, _landmarks(vectors, draws, k, landmarks), engine, neighbours)
     eigenvalues, directions = _slowest(walk, k)
     embedding = (walk @ directions).astype(np.float32)
-    clusters = kmeans(Vectors(embedding, np.arange(n)), k, draws, engine, seed)
-    return Diffusion(clusters.labels, embedding, eigenvalues)
+    rows = Vectors(embedding, np.arange(n))
+    assigned = engine.map(Assign(rows, _centroids(rows, draws, k)), shards(n), "clustering")
+    return Diffusion(np.concatenate([labels for labels, _ in assigned]), embedding, eigenvalues)
 
 
 def _enough(n: int, k: int) -> int:
@@ -188,6 +191,14 @@ def _slowest(walk: csr_array, count: int) -> tuple[NDArray[np.float64], NDArray[
     return 1 - found[::-1], u / roots[:, None]
 
 
+def _centroids(rows: Vectors, draws: NDArray[np.float64], k: int) -> NDArray[np.float32]:
+    """(k, width) of k-means on rows of the map, those of the lowest draws."""
+    sample = rows[np.sort(np.argsort(draws, kind="stable")[: _ROWS_A_CLUSTER * k])]
+    with threadpool_limits(1):
+        _, pivots = qr(sample.T, mode="r", pivoting=True)
+    return lloyd(sample, sample[pivots[:k]])
+
+
 def dense(vectors: Vectors, k: int = 10, seed: int = 0, time: float = 1.0) -> Diffusion:
     """Clusters as PASER published them: a kernel between all rows, a diffusion map, and NMF.
 
@@ -247,7 +258,6 @@ def choose_clusters(
     vectors: Vectors,
     draws: NDArray[np.float64],
     engine: Engine,
-    seed: int = 0,
     at_most: int = 50,
     neighbours: int = 5,
 ) -> Choice:
@@ -293,8 +303,8 @@ def choose_clusters(
         found = []
         for half, whole in zip(halves, maps, strict=True):
             rows = Vectors(whole[:, :k], np.arange(n))
-            clusters = kmeans(rows.subset(half), k, draws[half], engine, seed)
-            found.append(Assign(rows, clusters.centroids)(slice(0, n))[0])
+            centroids = _centroids(rows.subset(half), draws[half], k)
+            found.append(Assign(rows, centroids)(slice(0, n))[0])
         stability = float(adjusted_rand_score(*found))
         if stability > best.stability:
             best = Choice(k, stability, eigenvalues)
