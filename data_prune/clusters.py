@@ -11,7 +11,6 @@ from data_prune.engine import Engine, Local, shards
 from data_prune.vectors import Vectors
 
 _PER_CENTROID = 256  # rows to fit on: more do not move the centroids much (faiss's own default)
-_ITERATIONS = 25
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,10 +64,16 @@ def _fit(sample: NDArray[np.float32], k: int, seed: int) -> NDArray[np.float32]:
     # The start needs no more than a look at the data.
     few = sample[:: max(1, len(sample) // (16 * k))]
     start, _ = kmeans_plusplus(few, k, random_state=seed)
-    centroids = np.ascontiguousarray(start, dtype=np.float32)
+    return lloyd(sample, np.ascontiguousarray(start, dtype=np.float32))
+
+
+def lloyd(
+    sample: NDArray[np.float32], centroids: NDArray[np.float32], iterations: int = 25
+) -> NDArray[np.float32]:
+    """(k, width) centroids after as many of Lloyd's iterations, or fewer once they gain little."""
     engine, parts = Local(), shards(len(sample))
     last = None
-    for _ in range(_ITERATIONS):
+    for _ in range(iterations):
         sums = engine.reduce(_Sums(sample, centroids), parts)
         filled = sums["counts"] > 0  # an empty cluster stays where it is
         centroids = centroids.copy()
