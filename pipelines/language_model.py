@@ -97,42 +97,69 @@ class LocalModel:
             InputError: There are no messages, `max_new_tokens` is below 1, or the prompt and the
                 new tokens do not fit into the model's context.
         """
-        import torch
-        from transformers import GenerationConfig
-
         messages = _checked(messages, max_new_tokens)
         started = time.perf_counter()
         ids = chat_ids(self.tokenizer, messages)
-        longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        longest = self.longest
         if longest is not None and len(ids) + max_new_tokens > longest:
             raise InputError(
                 f"The prompt has {len(ids):,} tokens and {max_new_tokens:,} new ones are asked "
                 f"for, but this model reads at most {longest:,} together: prune the context "
                 "more, or retrieve fewer passages."
             )
-        ends = self.model.generation_config.eos_token_id
-        if ends is None:
-            ends = self.tokenizer.eos_token_id
-        prompt = torch.tensor([ids])
-        with torch.inference_mode():
-            output = self.model.generate(
-                prompt,
-                attention_mask=torch.ones_like(prompt),
-                # Not the model's own, which may ask for sampling.
-                generation_config=GenerationConfig(  # type: ignore[no-untyped-call]
-                    max_new_tokens=max_new_tokens,
-                    do_sample=False,
-                    eos_token_id=ends,
-                    pad_token_id=ends[0] if isinstance(ends, list) else ends,
-                ),
-            )
-        new = output[0, len(ids) :]
+        [new] = self.continue_all([ids], max_new_tokens)
         return Completion(
             text=self.tokenizer.decode(new, skip_special_tokens=True).strip(),
             prompt_tokens=len(ids),
             new_tokens=len(new),
             seconds=time.perf_counter() - started,
         )
+
+    @property
+    def longest(self) -> int | None:
+        """The most tokens that it reads and writes together; None where it does not say."""
+        config = self.model.config.get_text_config()
+        most: int | None = getattr(config, "max_position_embeddings", None)
+        return most
+
+    def continue_all(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, draw: Any = None
+    ) -> list[list[int]]:
+        """The new tokens of each prompt, up to and with the one that ends it, all in one batch.
+
+        The likeliest token is taken every time, of the logits as `draw`, a logits processor of
+        transformers, leaves them.
+        """
+        import torch
+        from transformers import GenerationConfig
+
+        ends = self.model.generation_config.eos_token_id
+        if ends is None:
+            ends = self.tokenizer.eos_token_id
+        if not isinstance(ends, list):
+            ends = [] if ends is None else [ends]
+        pad = ends[0] if ends else 0  # any token: nobody attends to it
+        width = max(map(len, prompts))
+        # On the left, so that every prompt ends where its continuation begins.
+        padded = [[pad] * (width - len(ids)) + list(ids) for ids in prompts]
+        read = [[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts]
+        device = self.model.device
+        with torch.inference_mode():
+            output = self.model.generate(
+                torch.tensor(padded, device=device),
+                attention_mask=torch.tensor(read, device=device),
+                logits_processor=None if draw is None else [draw],
+                # Not the model's own, which may ask for sampling.
+                generation_config=GenerationConfig(  # type: ignore[no-untyped-call]
+                    max_new_tokens=max_new_tokens,
+                    do_sample=False,
+                    eos_token_id=ends or None,
+                    pad_token_id=pad,
+                ),
+            )
+        rows: list[list[int]] = output[:, width:].tolist()
+        last = [next((i for i, token in enumerate(row) if token in ends), None) for row in rows]
+        return [row if i is None else row[: i + 1] for row, i in zip(rows, last, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -170,14 +197,18 @@ class Endpoint:
         messages: Sequence[Message],
         max_new_tokens: int = 64,
         *,
+        temperature: float = 0,
+        seed: int | None = None,
         schema: Mapping[str, Any] | None = None,
         client: httpx.Client | None = None,
     ) -> Completion:
-        """Ask the server to answer `messages`, at temperature 0.
+        """Ask the server to answer `messages`.
 
         Args:
             messages: The conversation so far.
             max_new_tokens: The longest answer, in the model's tokens.
+            temperature: Of drawing its tokens; at 0 the likeliest is taken.
+            seed: Of drawing, for servers that heed it.
             schema: A JSON schema that the answer shall obey; servers differ in what they heed.
             client: Connections to use, and use again, where there are many questions.
 
@@ -198,7 +229,8 @@ class Endpoint:
                     "model": self.model,
                     "messages": messages,
                     "max_tokens": max_new_tokens,
-                    "temperature": 0,
+                    "temperature": temperature,
+                    **({} if seed is None else {"seed": seed}),
                     **({} if schema is None else {"response_format": _json_form(schema)}),
                 },
                 headers={"Authorization": f"Bearer {self.api_key}"} if self.api_key else {},

@@ -51,6 +51,12 @@ class Engine:
         )
         return [list(output.outputs[0].token_ids) for output in outputs]
 
+    def replies(self, requests):
+        """What `pipelines.ask.AskVllm` makes of requests."""
+        from pipelines.ask import AskVllm
+
+        return list(AskVllm(self.llm, "engine")(requests))
+
 
 def _serve(pipe, arguments):
     os.environ.update(ENVIRONMENT)  # not the parent's, whose servers would inherit it

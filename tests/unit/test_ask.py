@@ -1,4 +1,4 @@
-"""Many prompts at once, to a server (order, retries, refusals, a stop) and to vLLM."""
+"""Many prompts at once, to a server (order, retries, refusals, a stop), vLLM and transformers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -14,12 +14,13 @@ from typing import Any
 
 import pytest
 
-from pipelines.ask import MAX_NEW_TOKENS, AskEndpoint, AskVllm
-from pipelines.language_model import Endpoint, EndpointError
+from data_prune.self_distill import Request
+from pipelines.ask import MAX_NEW_TOKENS, AskEndpoint, AskLocal, AskVllm
+from pipelines.language_model import Endpoint, EndpointError, LocalModel
 from prune_core.errors import InputError, MissingExtra
-from rag_prune.context.label import Item, Prompt, label, prompt
+from rag_prune.context.label import Item, Prompt, Reply, label, prompt
 from rag_prune.context.result import Passage
-from tiny import toy_tokenizer
+from tiny import toy_language_model, toy_tokenizer
 
 Rule = Callable[[str, int], tuple[int, str]]  # (the prompt, how often it came) -> (status, text)
 
@@ -111,6 +112,27 @@ def test_each_prompt_gets_its_own_reply_many_at_a_time(server: Server) -> None:
             "json_schema": {"name": "reply", "schema": {"type": "object"}},
         },
     }.items()  # fmt: skip
+
+
+def request(text: str, temperature: float = 0.0, seed: int = 0, most: int = 9) -> Request:
+    return Request(({"role": "user", "content": text},), most, temperature, seed)
+
+
+def test_a_request_says_itself_how_it_is_drawn(server: Server) -> None:
+    asked = [request("one", 0.7, 5), request("two")]
+    assert [reply.text for _, reply in sorted(server.asks(concurrency=1)(asked))] == [
+        "to one",
+        "to two",
+    ]
+    drawn, greedy = sorted(server.bodies, key=lambda body: str(body["messages"]))
+    assert drawn == {
+        "model": "big",
+        "messages": [{"role": "user", "content": "one"}],
+        "max_tokens": 9,
+        "temperature": 0.7,
+        "seed": 5,
+    }
+    assert (greedy["temperature"], "seed" in greedy) == (0, False)
 
 
 @pytest.mark.parametrize("status", [408, 429, 500, 503])
@@ -242,6 +264,29 @@ def test_vllm_gets_batches_with_schemas_and_no_prompt_that_is_too_long() -> None
     assert end not in ended["prompt_token_ids"]
 
 
+@pytest.mark.usefixtures("no_vllm")
+def test_vllm_draws_each_request_with_its_own_seed() -> None:
+    llm = StandIn()
+    window = llm.llm_engine.model_config.max_model_len
+    asked = [
+        request("cat", 0.7, 5),
+        request("cat", most=8),
+        request("cat", most=window),
+        Prompt("cat", {"title": "cat"}),
+    ]
+    replies = dict(AskVllm(llm, "tiny")(asked))
+    assert [replies[i].refused for i in range(4)] == [False, False, True, False]
+    [(_, [drawn, greedy, label])] = llm.batches
+    assert vars(drawn) == {
+        "temperature": 0.7,
+        "seed": 5,
+        "max_tokens": 9,
+        "structured_outputs": None,
+    }
+    assert (greedy.temperature, greedy.seed, greedy.max_tokens) == (0, None, 8)
+    assert (label.seed, label.max_tokens) == (None, MAX_NEW_TOKENS)
+
+
 def test_without_vllm_the_line_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(MissingExtra, match=r"prunekit\[serve\]"):
@@ -265,3 +310,88 @@ def test_a_real_model_keeps_to_the_schema(monkeypatch: pytest.MonkeyPatch) -> No
     for i, n in enumerate((1, 2, 3)):
         assert read_reply(replies[i].text, n) is not None, replies[i]
         assert 0 < replies[i].new_tokens < MAX_NEW_TOKENS
+
+
+# ----------------------------------------------------------------------------------- transformers
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> LocalModel:
+    return LocalModel.from_pretrained(toy_language_model(tmp_path_factory.mktemp("toy")))
+
+
+def toy_requests(temperature: float) -> list[Request]:
+    words = ["where", "is", "the", "cat", "now", "it", "was", "in", "paris", "long", "ago"]
+    return [request(" ".join(words[:n]), temperature, seed=n, most=n + 3) for n in range(1, 11)]
+
+
+def written(ask: AskLocal, asked: Sequence[Prompt | Request]) -> list[Reply]:
+    replies = dict(ask(asked))
+    return [replies[i] for i in range(len(asked))]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_company_in_a_batch_changes_no_reply(toy: LocalModel, temperature: float) -> None:
+    """Padding and the others' draws leave a reply as it is alone, and as LocalModel answers."""
+    asked = toy_requests(temperature)
+    alone = [written(AskLocal(toy, "toy", batch=1), [one])[0] for one in asked]
+    for batch in (3, 10):
+        assert written(AskLocal(toy, "toy", batch=batch), asked) == alone
+    assert written(AskLocal(toy, "toy", batch=4), asked[::-1]) == alone[::-1]
+    assert [reply.new_tokens for reply in alone] == [one.max_new_tokens for one in asked]
+    straight = [toy.complete(one.messages, one.max_new_tokens).text for one in asked]
+    assert ([reply.text for reply in alone] == straight) == (temperature == 0)
+
+
+def test_a_seed_draws_the_same_and_another_something_else(toy: LocalModel) -> None:
+    ask = AskLocal(toy, "toy")
+    asked = [request("where is the cat", 2.0, seed) for seed in (1, 1, 2, 3)]
+    first, same, *others = written(ask, asked)
+    assert first == same
+    assert first not in others
+
+
+def test_draws_follow_the_softmax(toy: LocalModel) -> None:
+    """4,000 first tokens: each as often as its probability at that temperature says."""
+    import numpy as np
+    import torch
+
+    from pipelines.language_model import chat_ids
+
+    temperature, n = 2.0, 4000
+    asked = [request("where is the cat", temperature, seed, most=1) for seed in range(n)]
+    ids = chat_ids(toy.tokenizer, asked[0].messages)
+    with torch.no_grad():
+        logits = toy.model(torch.tensor([ids])).logits[0, -1]
+    expected = (logits / temperature).softmax(0).numpy()
+    drawn = [reply.text for reply in written(AskLocal(toy, "toy", batch=1000), asked)]
+    names = [
+        toy.tokenizer.decode([i], skip_special_tokens=True).strip() for i in range(len(logits))
+    ]
+    found = np.array([drawn.count(name) for name in names]) / n
+    unique = np.array([names.count(name) == 1 for name in names])
+    error = np.sqrt(expected * (1 - expected) / n)
+    assert (np.abs(found - expected) < 5 * error + 1e-3)[unique].all()
+    assert expected[unique].max() > 0.05
+
+
+def test_a_reply_ends_at_its_end_token(toy: LocalModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a batch goes on to write after it belongs to others, and is not counted."""
+    asked = toy_requests(0.0)
+    whole = written(AskLocal(toy, "toy"), asked)
+    [ids] = toy.continue_all([[7, 8, 9]], 9)
+    monkeypatch.setattr(toy.model.generation_config, "eos_token_id", [ids[4]])
+    assert toy.continue_all([[7, 8, 9]], 9) == [ids[: ids.index(ids[4]) + 1]]
+    ended = written(AskLocal(toy, "toy"), asked)
+    assert all(b.new_tokens <= a.new_tokens for a, b in zip(whole, ended, strict=True))
+    assert sum(b.new_tokens for b in ended) < sum(a.new_tokens for a in whole)
+
+
+def test_transformers_refuses_what_is_too_long(toy: LocalModel) -> None:
+    assert toy.longest is not None
+    asked = [request("cat " * toy.longest), request("cat"), Prompt("dog", {})]
+    replies = written(AskLocal(toy, "toy"), asked)
+    assert [reply.refused for reply in replies] == [True, False, False]
+    assert f"the model reads {toy.longest - 9:,}" in replies[0].text
+    with pytest.raises(InputError, match="batch must be at least 1, got 0"):
+        AskLocal(toy, "toy", batch=0)
