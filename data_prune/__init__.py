@@ -125,6 +125,16 @@ METHODS = Registry(
             needs="a teacher: the model that saw all rows, or the unpruned one",
             cost="a forward pass of the teacher a step",
         ),
+        Method(
+            "self_distill",
+            "data_prune.self_distill:SelfDistill",
+            family="training",
+            paper="Self-data distillation for recovering quality in pruned large language models",
+            year=2024,
+            arxiv="2410.09982",
+            needs="the model before pruning; rows with a prompt and a response",
+            cost="one generation a row",
+        ),
     ],
 )
 
