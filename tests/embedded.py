@@ -18,8 +18,9 @@ def given(array, keep, order=None, **more):
 
 
 def kept(metric, columns, keep):
-    """(n,) which rows stay."""
-    return choose(metric.rank(columns, keep), keep)
+    """(n,) which rows stay; the last of equals first."""
+    ranking = metric.rank(columns, keep)
+    return choose(ranking, keep, lots=-np.arange(len(ranking.scores), dtype=float))
 
 
 def unit(array):

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
-from data_prune.engine import Engine, shards
+from data_prune.engine import Local, shards
 from data_prune.metric import Array, Columns, Given, Metric, Ranking
 from data_prune.vectors import Vectors
 
@@ -43,7 +43,7 @@ class KCenter(Metric):
         """
         vectors: Vectors = given.needed("vectors", self.name)
         first = int(given.draws("first centre").argmin())
-        chosen, cosine, centre = farthest_first(vectors, given.keep, first, given.engine)
+        chosen, cosine, centre = farthest_first(vectors, given.keep, first)
         place = np.empty(len(vectors), dtype=np.int64)
         rest = np.argsort(cosine, kind="stable")
         rest = rest[~np.isin(rest, chosen)]
@@ -71,14 +71,14 @@ class KCenter(Metric):
 
 
 def farthest_first(
-    vectors: Vectors, keep: int, first: int, engine: Engine
+    vectors: Vectors, keep: int, first: int
 ) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.int64]]:
     """The greedy order: `keep` rows from `first` on; ties go to the row that comes first.
 
     Also (n,) of each row the largest cosine to a row chosen before it, and that row; -1 and -1 for
-    the first.
+    the first. All engines come here: one round of many is too short to be sent to other machines.
     """
-    n = len(vectors)
+    n, engine = len(vectors), Local()
     keep = min(keep, n)
     cosine, centre = np.full(n, -1.0), np.full(n, -1)
     left = np.full(n, -2.0)  # as `cosine`, but infinite for the rows that are chosen

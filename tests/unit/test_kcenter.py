@@ -19,7 +19,7 @@ def vectors_of(array):
 def test_five_rows_by_hand():
     """From 0°: 180° is farthest, then 90°, then 50° (40° from 90°), then 10°."""
     array = on_circle(0, 10, 50, 90, 180)
-    chosen, cosine, centre = farthest_first(vectors_of(array), 4, 0, Local(1))
+    chosen, cosine, centre = farthest_first(vectors_of(array), 4, 0)
     assert chosen.tolist() == [0, 4, 3, 2]
     assert centre.tolist() == [-1, 0, 3, 0, 0]
     expected = [-1, *np.cos(np.radians([10, 40, 90, 180]))]
@@ -36,7 +36,7 @@ def test_the_order_is_that_of_plain_greedy(together, monkeypatch):
         near[expected] = np.inf
         expected.append(int(near.argmin()))
         near = np.maximum(near, vectors @ vectors[expected[-1]])
-    chosen, cosine, centre = farthest_first(vectors_of(array), 60, 17, Local(2))
+    chosen, cosine, centre = farthest_first(vectors_of(array), 60, 17)
     assert chosen.tolist() == expected
     others = np.setdiff1d(np.arange(300), chosen)
     whole = vectors[others] @ vectors[chosen].T
@@ -52,7 +52,7 @@ def test_the_radius_is_at_most_twice_the_smallest(seed):
     for k in (1, 2, 3, 4):
         smallest = min(away[:, centres].min(axis=1).max() for centres in combinations(range(11), k))
         for first in range(11):
-            chosen, _, _ = farthest_first(vectors_of(array), k, first, Local(1))
+            chosen, _, _ = farthest_first(vectors_of(array), k, first)
             assert len(set(chosen.tolist())) == k
             assert away[:, chosen].min(axis=1).max() <= 2 * smallest + 1e-6
 
@@ -99,10 +99,11 @@ def test_copies_come_last_and_equal_rows_are_no_trouble():
     assert KCenter().score(given(np.ones((1, 2)), keep=1))["place"].tolist() == [0]
 
 
-def test_the_order_of_the_input_and_the_workers_change_nothing():
+def test_the_order_of_the_input_and_the_workers_change_nothing(monkeypatch):
     array = np.random.default_rng(0).normal(size=(5000, 4))
-    columns = KCenter().score(given(array, keep=200, engine=Local(1)))
+    columns = KCenter().score(given(array, keep=200))
     order = np.random.default_rng(1).permutation(5000)
-    theirs = KCenter().score(given(array, keep=200, order=order, engine=Local(3)))
+    monkeypatch.setattr(kcenter, "Local", lambda: Local(3))
+    theirs = KCenter().score(given(array, keep=200, order=order))
     np.testing.assert_array_equal(columns["place"], theirs["place"])
     np.testing.assert_array_equal(columns["distance"], theirs["distance"])
