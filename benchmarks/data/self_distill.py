@@ -31,15 +31,16 @@ from prune_core.provenance import provenance
 from prune_core.storage import read_jsonl, write_json
 
 OUT = Path(__file__).parent / "results" / "self_distill.json"
-ROWS, LONGEST, SEED, BATCH = 60, 600, 0, 30  # LONGEST: characters of a prompt, and of an answer
-HOW = SelfDistill(max_new_tokens=160)
+ROWS, SEED, BATCH = 60, 0, 12
+PROMPT, ANSWER = 400, 300  # characters at most, so that it ends within minutes on one core
+HOW = SelfDistill(max_new_tokens=128)
 
 
 def draw(path: Path, prompt: str, response: str) -> list[dict[str, str]]:
     rows = [
         {"prompt": row[prompt], "response": row[response]}
         for row in read_jsonl(path)
-        if max(len(row[prompt]), len(row[response])) <= LONGEST
+        if len(row[prompt]) <= PROMPT and len(row[response]) <= ANSWER
     ]
     chosen = np.random.default_rng(SEED).choice(len(rows), ROWS, replace=False)
     return [rows[i] for i in sorted(chosen)]
@@ -73,7 +74,7 @@ def surprise(local: LocalModel, prompt: str, target: str) -> tuple[float, int]:
 
 
 def nearness(local: LocalModel, rewrites: Sequence[Rewrite], name: str) -> dict[str, Any]:
-    """Nats a token of originals and rewrites; `difference` is over rows, with its error."""
+    """Nats a token of originals and rewrites; `difference` of a row: mean and standard error."""
     pairs = []
     for found in tqdm(rewrites, desc=f"{name}: likelihoods", disable=None):
         texts = (found.reference, found.rewrite)
