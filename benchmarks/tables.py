@@ -847,6 +847,34 @@ def data_distill() -> str:
     )
 
 
+def data_self_distill() -> str:
+    found = results("self_distill", "data")
+    sets = {"GSM8K": found["gsm8k"], "T0": found["instructions"]}
+    checks = list(dict.fromkeys(name for one in sets.values() for name in one["checks"]))
+
+    def check(one: dict[str, Any], name: str) -> str:
+        tally = one["checks"].get(name)
+        return f"{tally['passed']} of {tally['of']}" if tally else "–"
+
+    def nats(one: dict[str, Any]) -> str:
+        found = one["nats_a_token"]["accepted"]
+        return (
+            f"{found['original']:.2f} → {found['rewrite']:.2f} "
+            f"(over rows {found['difference']:+.2f} ± {found['error']:.2f})"
+        )
+
+    ones = sets.values()
+    return table(
+        ["", *sets],
+        [
+            ["accepted", *(f"{one['accepted']} of {one['rows']}" for one in ones)],
+            *([name.replace("_", " "), *(check(one, name) for one in ones)] for name in checks),
+            ["SDFT's rule would take", *(str(one["sdft"]["accepted"]) for one in ones)],
+            ["nats a token of the accepted, answer → rewrite", *(nats(one) for one in ones)],
+        ],
+    )
+
+
 def data_theory() -> str:
     rows = results("theory", "data")["table"]
     names = {
@@ -911,6 +939,7 @@ TABLES = {
     "anything_decoder": anything_decoder,
     "anything_trained": anything_trained,
     "data-distill": data_distill,
+    "data-self-distill": data_self_distill,
     "data-theory": data_theory,
     "data-training": data_training,
     "demo": demo,
