@@ -37,7 +37,7 @@ def nearest(
     """The k nearest rows of each row: exact up to 20,000 rows, nearly so above.
 
     Above, rows are clustered (`cells_for`), and a row looks in its own cell for the rows that have
-    the cell's centroid among their 8 nearest.
+    the cell's centroid among their 8 nearest; benchmarks/data/facility.py measures the share found.
 
     vectors: n unit vectors.   k: at most n - 1 are found.   draws: (n,) numbers in [0, 1) that
     belong to the rows.
@@ -60,8 +60,10 @@ def nearest(
 
 
 def cells_for(n: int) -> int:
-    """How many clusters to cut n rows into: of some 500 rows, or √n where clustering would cost
-    more than it saves."""
+    """How many clusters to cut n rows into: of some 500 rows, but at most √n.
+
+    Beyond that clustering would cost more than it saves.
+    """
     return max(1, round(min(n / 500, math.sqrt(n))))
 
 

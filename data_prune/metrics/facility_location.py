@@ -25,7 +25,7 @@ class FacilityLocation(Metric):
     DeepCore, which hold all n² similarities.
     Here a row knows its nearest rows alone, and is never less well served than by the last of
     them: a gain counts only what is above that. Counting from 0, as a sparse matrix would, sends
-    the first choices to rows that no one serves yet, and ends some 1 % lower on the full matrix.
+    the first choices to rows that no one serves yet, and ends lower on the full matrix.
     Budgets far below n / neighbours rows run out of gains, and need more neighbours.
     Cost: an embedding of each row, the nearest neighbours (see `data_prune.neighbours`), and a sum
     over some `neighbours` numbers for each gain that is looked at, a few a row kept.

@@ -150,7 +150,7 @@ def kept_instead(neighbour: NDArray[np.int64], kept: NDArray[np.bool_]) -> NDArr
 def _cosines(vectors: Vectors, others: NDArray[np.int64], engine: Engine) -> NDArray[np.float64]:
     """(n,) of each row with the other, -1 where that is -1."""
     parts = list(engine.map(_Paired(vectors, others), shards(len(others))))
-    return np.where(others < 0, -1.0, np.concatenate(parts))
+    return np.where(others < 0, -1.0, np.concatenate(parts).astype(np.float64))
 
 
 class _Paired:
