@@ -86,6 +86,8 @@ class Ranking:
     weights: (K,) how the budget is shared among the groups; None lets the scores decide, between
     floors: (K,) rows that each group keeps at least, as far as it has them.
     barred: of rows that may not be kept at all, why.
+    instead: (n,) of each row one that goes first and that it is like, as numbered in the input; -1
+    where there is none. A row that is dropped names the first on this way that is kept.
     """
 
     scores: NDArray[np.float64]
@@ -93,6 +95,7 @@ class Ranking:
     weights: NDArray[np.float64] | None = None
     floors: NDArray[np.int64] | None = None
     barred: Mapping[int, str] = field(default_factory=dict)
+    instead: NDArray[np.int64] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, overload
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from data_prune.budget import Budget, bounds
 from data_prune.choose import choose, fill, in_order, places
-from data_prune.metric import Array, Metric, Ranking
+from data_prune.metric import Array, Metric
 from data_prune.rows import Columns, Rows, Source, draws
 from data_prune.vectors import Vectors
 from prune_core.errors import InputError
@@ -72,7 +72,7 @@ class Selection:
                 )
             numbers, self._names = scored.groups[budget.group_by]
             floors, caps = self._bounds(numbers)
-            ranking = Ranking(ranking.scores, groups=numbers, barred=ranking.barred)
+            ranking = replace(ranking, groups=numbers, floors=None)
         self._ranking = ranking
         if budget.tokens is None:
             self._kept = choose(ranking, self._asked, self._lots, floors, caps)
@@ -327,6 +327,15 @@ class Selection:
         kept = np.bincount(groups[self._kept], minlength=len(peers))
         return place, peers[groups], kept[groups]
 
+    def _instead(self, row: int) -> int | None:
+        """The row that stays for this one, in the input: the first on the way that is kept."""
+        instead = self._ranking.instead
+        while instead is not None and (place := int(instead[row])) >= 0:
+            row = self._row_of[place]
+            if self._kept[row]:
+                return place
+        return None
+
     def _needed(self, row: int) -> int:
         """The smallest budget in rows that keeps this one; found by trying."""
         low, high = 0, len(self.scored.rows)  # not kept at low, kept at high
@@ -375,6 +384,8 @@ class _Reasons(Sequence[str]):
         if row is None:
             return f"dropped: {of.scored.rows.invalid[i]}"
         found = of.metric.describe(of.scored.columns, row)
+        if not of._kept[row] and (instead := of._instead(row)) is not None:
+            found += f"; row {instead} stays for it"
         if row in of._ranking.barred:
             return f"dropped: {of._ranking.barred[row]}; {found}"
         place, peers, kept = (int(column[row]) for column in of._places)

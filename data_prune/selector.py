@@ -94,7 +94,7 @@ def select(
             "A budget in tokens needs tokenizer=, of the model that will read the rows."
         )
     else:
-        keep = len(rows)  # short rows may be many
+        keep = int(np.searchsorted(np.cumsum(np.sort(sizes)), budget.tokens, "right")) or 1
     given = Given(
         rows=rows,
         keep=keep,

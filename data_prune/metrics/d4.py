@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -47,12 +47,12 @@ class D4(Metric):
     def score(self, given: Given) -> dict[str, Array]:
         """See Metric.
 
-        SemDeDup's columns for its share; distance: of a survivor, from its centroid, NaN for the
+        SemDeDup's columns; distance: of a survivor, from its centroid, NaN for the
         others.
         """
         vectors: Vectors = given.needed("vectors", self.name)
         count = math.ceil(self.survivors * len(vectors))
-        columns = SemDeDup(clusters=self.clusters).score(replace(given, keep=count))
+        columns = SemDeDup(clusters=self.clusters).score(given)
         left = np.sort(np.argsort(columns["cosine"], kind="stable")[:count])
         found = kmeans(
             vectors.subset(left),
@@ -67,8 +67,12 @@ class D4(Metric):
 
     def rank(self, columns: Columns, keep: int) -> Ranking:
         """See Metric."""
-        # A distance is at least 0; what stands for a copy is at most -1.
-        return Ranking(np.fmax(columns["distance"], -2 - columns["cosine"]))
+        copy = np.isnan(columns["distance"])
+        return Ranking(
+            # A distance is at least 0; what stands for a copy is at most -1.
+            np.fmax(columns["distance"], -2 - columns["cosine"]),
+            instead=np.where(copy, columns["neighbour"], -1),
+        )
 
     def describe(self, columns: Columns, i: int) -> str:
         """See Metric."""

@@ -8,7 +8,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prune.clusters import kmeans
-from data_prune.engine import Engine, shards
 from data_prune.metric import Array, Columns, Given, Metric, Ranking
 from data_prune.neighbours import Piece, cells, cells_for, pieces
 from data_prune.vectors import Vectors
@@ -29,9 +28,8 @@ class SemDeDup(Metric):
     keeps a larger one keeps too. A row is also compared with rows of other clusters that have the
     centroid of its own among their 4 nearest: else copies that a border divides both stay. With
     one cluster the rows dropped for an ε are the paper's.
-    The paper's rule may drop a row for one that is itself dropped, and so does this. The reason
-    then goes on to the row for which that one was dropped, until one that stays, and names the
-    cosine with it too; so it is at the budget that the scores were made for, and at larger ones.
+    The paper's rule may drop a row for one that is itself dropped, and so does this; the reason
+    then names the one that stays for both.
     Cost: an embedding of each row, k-means, and 4 n² / clusters · width multiplications.
 
     threshold: cosine in (0, 1) above which a row is a duplicate and never stays, whatever room
@@ -57,20 +55,12 @@ class SemDeDup(Metric):
     def score(self, given: Given) -> dict[str, Array]:
         """See Metric.
 
-        cosine: the largest to an earlier row, -1 where there is none; neighbour: that row.
-        stays: the row that is kept for it, at the end of the chain; stays_cosine: that with it.
-        Rows are numbered as in the input; -1 is none.
+        cosine: the largest to an earlier row, -1 where there is none; neighbour: that row, as
+        numbered in the input, or -1.
         """
         vectors: Vectors = given.needed("vectors", self.name)
         neighbour, cosine = nearest_earlier(vectors, given, self.clusters)
-        stays = kept_instead(neighbour, _surely_kept(cosine, given.keep, self.threshold))
-        positions = np.append(given.rows.positions, -1)
-        return {
-            "cosine": cosine,
-            "neighbour": positions[neighbour],
-            "stays": positions[stays],
-            "stays_cosine": _cosines(vectors, stays, given.engine),
-        }
+        return {"cosine": cosine, "neighbour": np.append(given.rows.positions, -1)[neighbour]}
 
     def rank(self, columns: Columns, keep: int) -> Ranking:
         """See Metric."""
@@ -78,17 +68,14 @@ class SemDeDup(Metric):
         if self.threshold is not None:
             why = f"a duplicate, by a cosine above {self.threshold:g} to an earlier row"
             barred = {int(i): why for i in np.flatnonzero(cosine > self.threshold)}
-        return Ranking(-cosine, barred=barred)
+        return Ranking(-cosine, barred=barred, instead=columns["neighbour"])
 
     def describe(self, columns: Columns, i: int) -> str:
         """See Metric."""
-        neighbour, stays = columns["neighbour"][i], columns["stays"][i]
+        neighbour = columns["neighbour"][i]
         if neighbour < 0:
             return "no earlier row in its cluster"
-        words = f"cosine {columns['cosine'][i]:.3f} to row {neighbour}"
-        if stays in (-1, neighbour):
-            return words
-        return f"{words}, for which row {stays} stays (cosine {columns['stays_cosine'][i]:.3f})"
+        return f"cosine {columns['cosine'][i]:.3f} to row {neighbour}"
 
 
 def nearest_earlier(
@@ -126,39 +113,3 @@ class _Earlier:
         best = cosines.argmax(axis=1)
         most = cosines[np.arange(len(rows)), best]
         return np.where(most == -2, -1, stored[best]), np.clip(most, -1, 1)
-
-
-def _surely_kept(
-    cosine: NDArray[np.float64], keep: int, threshold: float | None
-) -> NDArray[np.bool_]:
-    """(n,) the rows that a budget keeps, however ties at its end are settled."""
-    rising = np.sort(cosine)
-    kept = cosine < rising[keep] if keep < len(rising) else np.ones(len(rising), dtype=bool)
-    return kept if threshold is None else kept & (cosine <= threshold)
-
-
-def kept_instead(neighbour: NDArray[np.int64], kept: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """(n,) the first kept row on the chain of neighbours from each row; -1 where none is."""
-    at = neighbour.copy()
-    on = np.flatnonzero(at >= 0)
-    while len(on := on[~kept[at[on]]]):
-        at[on] = neighbour[at[on]]
-        on = on[at[on] >= 0]
-    return at
-
-
-def _cosines(vectors: Vectors, others: NDArray[np.int64], engine: Engine) -> NDArray[np.float64]:
-    """(n,) of each row with the other, -1 where that is -1."""
-    parts = list(engine.map(_Paired(vectors, others), shards(len(others))))
-    return np.where(others < 0, -1.0, np.concatenate(parts).astype(np.float64))
-
-
-class _Paired:
-    def __init__(self, vectors: Vectors, others: NDArray[np.int64]) -> None:
-        self.vectors, self.others = vectors, others
-
-    def __call__(self, rows: slice) -> NDArray[np.float32]:
-        cosines: NDArray[np.float32] = np.einsum(
-            "ij,ij->i", self.vectors[rows], self.vectors[self.others[rows]]
-        )
-        return np.clip(cosines, -1, 1)
