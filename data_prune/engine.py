@@ -8,16 +8,18 @@ workers changes a bit of what comes out.
 from __future__ import annotations
 
 import os
+import sys
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from threadpoolctl import threadpool_limits
+from threadpoolctl import ThreadpoolController
 from tqdm.auto import tqdm
 
 from prune_core.errors import InputError, require
@@ -32,6 +34,17 @@ ROWS = 4096
 def shards(n: int, size: int = ROWS) -> list[slice]:
     """n rows in slices of `size`, the last one shorter."""
     return [slice(start, min(start + size, n)) for start in range(0, n, size)]
+
+
+def one_thread() -> Any:
+    """A context in which BLAS, and OpenMP called from this thread, compute with one thread."""
+    return _libraries(len(sys.modules)).limit(limits=1)
+
+
+@lru_cache(maxsize=1)
+def _libraries(modules: int) -> ThreadpoolController:
+    """Those loaded by now. Looking for them takes milliseconds, so only after an import again."""
+    return ThreadpoolController()
 
 
 class Engine(ABC):
@@ -88,8 +101,8 @@ class Local(Engine):
         # One thread a shard: several would add in another order, and fight over the cores. OpenMP
         # keeps its number by thread, BLAS for the process.
         with (
-            threadpool_limits(1),
-            ThreadPoolExecutor(self.workers, initializer=threadpool_limits, initargs=(1,)) as pool,
+            one_thread(),
+            ThreadPoolExecutor(self.workers, initializer=one_thread) as pool,
             _bar(desc, len(items)) as bar,
         ):
             try:
@@ -119,7 +132,7 @@ class _Worker(Generic[S, R]):
         import pickle
 
         numbers = batch["id"].tolist()
-        with threadpool_limits(1):
+        with one_thread():
             done = [pickle.dumps(self.work(self.items[i])) for i in numbers]
         return {"id": numbers, "result": done}
 

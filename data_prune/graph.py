@@ -16,24 +16,23 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import eigh, qr
+from scipy.linalg import eigh
 from scipy.sparse import csr_array
-from threadpoolctl import threadpool_limits
 
-from data_prune.clusters import Assign, lloyd
-from data_prune.engine import Engine, shards
+from data_prune.clusters import Assign, Clusters, kmeans, lloyd
+from data_prune.engine import Engine, one_thread, shards
 from data_prune.vectors import Vectors
 from prune_core.errors import InputError
 
 DENSE_ROWS = 5_000
-"""Rows that `dense` takes: four arrays of as many squared, 0.8 GB."""
+"""Rows that `dense` takes: six arrays of as many squared, 1.2 GB."""
 
 _LANDMARKS = 1_000
 _ROWS_A_LANDMARK = 4  # at least: a row that is its own landmark is joined to hardly any other
 _LANDMARKS_A_CLUSTER = 4  # at least, or nothing of its shape is left
 _DRAWN_A_LANDMARK = 8  # rows that the landmarks are spread on
 _SPREADING = 3  # iterations of Lloyd's: the landmarks need to be spread, not optimal
-_ROWS_A_CLUSTER = 256  # that k-means on the map is fitted on, as in `kmeans`
+_STARTS = 5  # of k-means on the map, where a poor one parts what belongs together
 _CHOICE_ROWS = 20_000
 
 
@@ -68,6 +67,7 @@ def landmark(
     draws: NDArray[np.float64],
     engine: Engine,
     k: int = 10,
+    seed: int = 0,
     landmarks: int | None = None,
     neighbours: int = 5,
 ) -> Diffusion:
@@ -78,15 +78,14 @@ def landmark(
     landmarks, back with Z_ij / Σ_i Z_ij, and the eigenvectors of the m x m two-step walk give the
     map of the rows. Here the kernel has local scales, K_ij = exp(-d_ij² / (σ_i σ_j)), σ the
     distance to the last neighbour (Zelnik-Manor & Perona, "Self-tuning spectral clustering", NIPS
-    2004); landmarks are spread by a few iterations of k-means; the map is clustered by k-means
-    on rows of unit length (Ng, Jordan & Weiss, NIPS 2001), from the k rows that a pivoted QR finds
-    furthest apart (Damle, Minden & Ying, 2016, arXiv:1609.08251) in place of many random starts.
-    PASER's own scheme is `dense`.
+    2004); landmarks are spread by a few iterations of k-means; the map is clustered by the best of
+    five k-means on rows of unit length (Ng, Jordan & Weiss, NIPS 2001). PASER's own scheme is
+    `dense`.
 
     vectors: n unit vectors.   draws: (n,) numbers in [0, 1) that belong to the rows; landmarks are
     those of the lowest.   k: clusters; 10 in PASER's code.   landmarks: m; by default 1,000, at
     most a quarter of the rows, and at least 4 a cluster.   neighbours: landmarks that a row is
-    joined to; more hold scattered clusters together, fewer keep thin ones apart.
+    joined to; more hold scattered clusters together, as of text, fewer keep thin ones apart.
 
     Raises InputError for k that is no whole number from 1 to n, for fewer landmarks than clusters,
     and where fewer landmarks than k differ. Warns where landmarks > n, and takes n.
@@ -110,9 +109,8 @@ def landmark(
     walk = _walk(vectors, _landmarks(vectors, draws, k, landmarks), engine, neighbours)
     eigenvalues, directions = _slowest(walk, k)
     embedding = (walk @ directions).astype(np.float32)
-    rows = Vectors(embedding, np.arange(n))
-    assigned = engine.map(Assign(rows, _centroids(rows, draws, k)), shards(n), "clustering")
-    return Diffusion(np.concatenate([labels for labels, _ in assigned]), embedding, eigenvalues)
+    clusters = _clusters(Vectors(embedding, np.arange(n)), draws, engine, k, seed)
+    return Diffusion(clusters.labels, embedding, eigenvalues)
 
 
 def _enough(n: int, k: int) -> int:
@@ -184,19 +182,19 @@ def _slowest(walk: csr_array, count: int) -> tuple[NDArray[np.float64], NDArray[
     # A landmark that no row goes to has an empty row, and stays a point of its own.
     roots = np.sqrt(np.maximum(between.sum(axis=1), 1e-300))
     m = len(between)
-    with threadpool_limits(1):  # several threads add in another order
+    with one_thread():  # several threads add in another order
         found, u = eigh(between / roots / roots[:, None], subset_by_index=[m - count, m - 1])
     u = u[:, ::-1]
     u *= np.sign(u[np.abs(u).argmax(axis=0), np.arange(count)])  # the sign is anyone's choice
     return 1 - found[::-1], u / roots[:, None]
 
 
-def _centroids(rows: Vectors, draws: NDArray[np.float64], k: int) -> NDArray[np.float32]:
-    """(k, width) of k-means on rows of the map, those of the lowest draws."""
-    sample = rows[np.sort(np.argsort(draws, kind="stable")[: _ROWS_A_CLUSTER * k])]
-    with threadpool_limits(1):
-        _, pivots = qr(sample.T, mode="r", pivoting=True)
-    return lloyd(sample, sample[pivots[:k]])
+def _clusters(
+    rows: Vectors, draws: NDArray[np.float64], engine: Engine, k: int, seed: int
+) -> Clusters:
+    """The best of several k-means: its rows are nearest to their centroids."""
+    tries = (kmeans(rows, k, draws, engine, _STARTS * seed + start) for start in range(_STARTS))
+    return min(tries, key=lambda found: float(found.distances.sum(dtype=np.float64)))
 
 
 def dense(vectors: Vectors, k: int = 10, seed: int = 0, time: float = 1.0) -> Diffusion:
@@ -216,8 +214,8 @@ def dense(vectors: Vectors, k: int = 10, seed: int = 0, time: float = 1.0) -> Di
     vectors: n unit vectors.   k: clusters; 10 in the code.
     Raises InputError for k that is no whole number from 1 to n, for more than 5,000 rows, and
     where half of all distances are 0.
-    Cost: n² · width + n³ multiplications and four n x n arrays of float64. On text, with the median
-    for σ, the kernel is nearly constant; `landmark` has local scales.
+    Cost: n² · width + n³ multiplications, and six n x n arrays of float64 at once. On text, with
+    the median for σ, the kernel is nearly constant; `landmark` has local scales.
     """
     from sklearn.decomposition import NMF
     from sklearn.exceptions import ConvergenceWarning
@@ -227,7 +225,7 @@ def dense(vectors: Vectors, k: int = 10, seed: int = 0, time: float = 1.0) -> Di
     if n > DENSE_ROWS:
         raise InputError(
             f"The dense graph takes at most {DENSE_ROWS:,} rows, got {n:,}: it would need "
-            f"{4 * 8 * n**2 / 1e9:,.1f} GB. Use landmarks."
+            f"{6 * 8 * n**2 / 1e9:,.1f} GB. Use landmarks."
         )
     rows = vectors[slice(0, n)].astype(np.float64)
     lengths = (rows**2).sum(axis=1)
@@ -258,6 +256,7 @@ def choose_clusters(
     vectors: Vectors,
     draws: NDArray[np.float64],
     engine: Engine,
+    seed: int = 0,
     at_most: int = 50,
     neighbours: int = 5,
 ) -> Choice:
@@ -303,8 +302,8 @@ def choose_clusters(
         found = []
         for half, whole in zip(halves, maps, strict=True):
             rows = Vectors(whole[:, :k], np.arange(n))
-            centroids = _centroids(rows.subset(half), draws[half], k)
-            found.append(Assign(rows, centroids)(slice(0, n))[0])
+            clusters = _clusters(rows.subset(half), draws[half], engine, k, seed)
+            found.append(Assign(rows, clusters.centroids)(slice(0, n))[0])
         stability = float(adjusted_rand_score(*found))
         if stability > best.stability:
             best = Choice(k, stability, eigenvalues)

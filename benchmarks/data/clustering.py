@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -79,10 +80,14 @@ def lots(n: int, seed: int) -> np.ndarray:
     return np.random.default_rng((seed, 1)).random(n)
 
 
-def timed(work: Callable[[], Labels], truth: Labels) -> dict[str, float]:
+def timed(work: Callable[[], Labels]) -> tuple[Labels, float]:
     started = time.perf_counter()
     labels = work()
-    seconds = time.perf_counter() - started
+    return labels, time.perf_counter() - started
+
+
+def measured(work: Callable[[], Labels], truth: Labels) -> dict[str, float]:
+    labels, seconds = timed(work)
     return {"seconds": seconds, "ari": float(adjusted_rand_score(truth, labels))}
 
 
@@ -98,24 +103,24 @@ def compared(folder: Path) -> list[dict[str, Any]]:
         truth = curves(path := folder / "rows.npy", ROWS, seed)
         rows, lot = mapped(path), lots(ROWS, seed)
         methods: dict[str, Callable[[], Labels]] = {
-            "landmark": lambda r=rows, lot=lot: landmark(r, lot, ENGINE, K).labels,
+            "landmark": lambda r=rows, lot=lot, s=seed: landmark(r, lot, ENGINE, K, s).labels,
             "scikit-learn": lambda r=rows, s=seed: scikit_learn(r, K, s),
             "k-means": lambda r=rows, lot=lot, s=seed: kmeans(r, K, lot, ENGINE, s).labels,
         }
-        found.append({name: timed(work, truth) for name, work in methods.items()})
-        choice = choose_clusters(rows, lot, ENGINE)
+        found.append({name: measured(work, truth) for name, work in methods.items()})
+        choice = choose_clusters(rows, lot, ENGINE, seed)
         found[-1]["chosen"] = {"k": choice.k, "stability": choice.stability}
     return found
 
 
 def densely(folder: Path, n: int) -> dict[str, float]:
     truth = curves(path := folder / "rows.npy", n, 0)
-    return timed(lambda: dense(mapped(path), K).labels, truth)
+    return measured(lambda: dense(mapped(path), K).labels, truth)
 
 
 def grown(folder: Path, n: int) -> dict[str, float]:
     truth = curves(path := folder / "rows.npy", n, 0)
-    return timed(lambda: landmark(mapped(path), lots(n, 0), ENGINE, K).labels, truth)
+    return measured(lambda: landmark(mapped(path), lots(n, 0), ENGINE, K).labels, truth)
 
 
 def remembered(folder: Path, n: int) -> dict[str, float]:
@@ -130,7 +135,7 @@ def remembered(folder: Path, n: int) -> dict[str, float]:
 def child(path: Path) -> None:
     n = len(rows := mapped(path))
     truth = np.load(path.with_name("truth.npy"))
-    figures = timed(lambda: landmark(rows, lots(n, 0), ENGINE, K).labels, truth)
+    figures = measured(lambda: landmark(rows, lots(n, 0), ENGINE, K).labels, truth)
     status = Path("/proc/self/status").read_text()
     peak = int(re.findall(r"VmHWM:\s*(\d+) kB", status)[0]) * 1024
     print(json.dumps({**figures, "peak": peak}))
@@ -141,49 +146,55 @@ def source_of(task: str) -> str:
     return "_".join(task.split("_")[: 2 if task.startswith("wiki_") else 1])
 
 
-def read_prompts(instructions: Path, work: Path) -> dict[str, Any]:
-    """The methods on real prompts."""
-    with gzip.open(instructions, "rt", encoding="utf-8") as file:
-        drawn = random.Random(0).sample([json.loads(line) for line in file], PROMPTS)
-    array = embed([row["prompt"] for row in drawn], SentenceEncoder(), ENGINE, work / "cache")
-    rows = Vectors(array, np.arange(PROMPTS))
-    tasks = np.array([row["task"] for row in drawn])
-    sources = np.array([source_of(task) for task in tasks])
-    k = len(set(sources))
+class Prompts:
+    """Real prompts, embedded, and what they were made from."""
 
-    def figures(work: Callable[[int], Labels], seeds: int) -> list[dict[str, float]]:
+    def __init__(self, instructions: Path, work: Path) -> None:
+        with gzip.open(instructions, "rt", encoding="utf-8") as file:
+            drawn = random.Random(0).sample([json.loads(line) for line in file], PROMPTS)
+        texts = [row["prompt"] for row in drawn]
+        self.rows = Vectors(
+            embed(texts, SentenceEncoder(), ENGINE, work / "cache"), np.arange(PROMPTS)
+        )
+        self.tasks = np.array([row["task"] for row in drawn])
+        self.sources = np.array([source_of(task) for task in self.tasks])
+        self.k = len(set(self.sources))
+
+    def figures(self, work: Callable[[int], Labels], seeds: int = 3) -> list[dict[str, float]]:
         found = []
         for seed in range(seeds):
-            started = time.perf_counter()
-            labels = work(seed)
-            seconds = time.perf_counter() - started
-            table = contingency_matrix(sources, labels)
+            labels, seconds = timed(lambda s=seed: work(s))
+            table = contingency_matrix(self.sources, labels)
             found.append(
                 {
-                    "nmi": float(normalized_mutual_info_score(sources, labels)),
-                    "purity": float(table.max(axis=0).sum() / PROMPTS),
-                    "ari": float(adjusted_rand_score(sources, labels)),
-                    "task_nmi": float(normalized_mutual_info_score(tasks, labels)),
-                    "clusters": len(set(labels.tolist())),
                     "seconds": seconds,
+                    "nmi": float(normalized_mutual_info_score(self.sources, labels)),
+                    "ari": float(adjusted_rand_score(self.sources, labels)),
+                    "purity": float(table.max(axis=0).sum() / PROMPTS),
+                    "task_nmi": float(normalized_mutual_info_score(self.tasks, labels)),
+                    "clusters": len(set(labels.tolist())),
                 }
             )
         return found
 
-    def by_landmarks(neighbours: int) -> Callable[[int], Labels]:
-        return lambda seed: (
-            landmark(rows, lots(PROMPTS, seed), ENGINE, k, neighbours=neighbours).labels
-        )
+    def compared(self) -> dict[str, Any]:
+        """All methods but the dense one."""
+        rows, k, lot = self.rows, self.k, [lots(PROMPTS, seed) for seed in range(3)]
 
-    choices = [choose_clusters(rows, lots(PROMPTS, seed), ENGINE) for seed in range(3)]
-    return {
-        "k": k,
-        "k-means": figures(lambda s: kmeans(rows, k, lots(PROMPTS, s), ENGINE, s).labels, 3),
-        **{f"landmark, {s} neighbours": figures(by_landmarks(s), 3) for s in (5, 10, 20)},
-        "scikit-learn": figures(lambda s: scikit_learn(rows, k, s), 3),
-        "dense": figures(lambda s: dense(rows, k, s).labels, 1),
-        "chosen": [{"k": choice.k, "stability": choice.stability} for choice in choices],
-    }
+        def by_landmarks(neighbours: int) -> Callable[[int], Labels]:
+            return lambda s: landmark(rows, lot[s], ENGINE, k, s, neighbours=neighbours).labels
+
+        choices = [choose_clusters(rows, lot[seed], ENGINE, seed) for seed in range(3)]
+        return {
+            "k": k,
+            "k-means": self.figures(lambda s: kmeans(rows, k, lot[s], ENGINE, s).labels),
+            **{f"landmark, {s} neighbours": self.figures(by_landmarks(s)) for s in (5, 10, 20)},
+            "scikit-learn": self.figures(lambda s: scikit_learn(rows, k, s)),
+            "chosen": [{"k": choice.k, "stability": choice.stability} for choice in choices],
+        }
+
+    def densely(self) -> list[dict[str, float]]:
+        return self.figures(lambda s: dense(self.rows, self.k, s).labels, 1)
 
 
 def against_goals(parts: dict[str, Any]) -> dict[str, float]:
@@ -219,20 +230,22 @@ def main() -> None:
         return child(arguments.child)
     if not arguments.instructions or not arguments.work:
         parser.error("--instructions and --work are needed.")
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    prompts = cache(lambda: Prompts(arguments.instructions, arguments.work))
     plan: dict[str, Callable[[Path], Any]] = {
         "compared": compared,
         **{f"dense {n}": lambda folder, n=n: densely(folder, n) for n in DENSE},
         **{f"growth {n}": lambda folder, n=n: grown(folder, n) for n in GROWTH},
         f"memory {MEMORY}": lambda folder: remembered(folder, MEMORY),
-        "text": lambda _: read_prompts(arguments.instructions, arguments.work),
+        "text": lambda _: prompts().compared(),
+        "text, dense": lambda _: prompts().densely(),
     }
     if arguments.long:
         plan[f"growth {LONG_GROWTH}"] = lambda folder: grown(folder, LONG_GROWTH)
         plan[f"memory {LONG_MEMORY}"] = lambda folder: remembered(folder, LONG_MEMORY)
-    arguments.work.mkdir(parents=True, exist_ok=True)
     parts = {}
     for name, part in plan.items():
-        kept = arguments.work / f"{name.replace(' ', '-')}.json"
+        kept = arguments.work / f"{name.replace(', ', '-').replace(' ', '-')}.json"
         if not kept.exists():
             with tempfile.TemporaryDirectory(dir=arguments.work) as folder:
                 write_json(kept, part(Path(folder)))
