@@ -118,8 +118,8 @@ class Representations(_Model):
     """An encoder: the mean of a text's last hidden states, of which later ones count for more.
 
     Token i of T has the weight i / (1 + 2 + … + T), since only late tokens of a causal model have
-    seen the text (Muennighoff, "SGPT", 2022, arXiv:2202.08904, as RDS+ does, arXiv:2503.01807,
-    section 3; its code also writes marks of the roles and a last </s>: here the text is as it is).
+    seen the text (Muennighoff, "SGPT", 2022, arXiv:2202.08904, as RDS+ does, arXiv:2503.01807; its
+    code also writes marks of the roles and a last </s>: here the text is as it is).
 
     model, tokenizer: a causal model of transformers, in evaluation mode.   max_tokens: 2,048 as in
     RDS+'s code, or the model's window if that is shorter.

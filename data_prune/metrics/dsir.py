@@ -30,7 +30,7 @@ class DSIR(Metric):
     weights.
 
     Source: Xie et al., "Data selection for language models via importance resampling" (NeurIPS
-    2023, arXiv:2302.03169), section 3 and equation 1; words, hash (SHA-256) and the 1e-8 in the
+    2023, arXiv:2302.03169), with hashed n-gram features; words, hash (SHA-256) and the 1e-8 in the
     logarithms are those of its code, so the weights are, too. As there, a weight is not divided by
     the row's length, so the noise hardly changes the order of long rows.
     Differs: the code leaves out rows below 100 words, which suits documents and not instructions,

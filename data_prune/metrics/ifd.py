@@ -25,12 +25,12 @@ class IFD(Metric):
     rows than the budget are left.
 
     Source: Li et al., "From quantity to quality: boosting LLM performance with self-guided data
-    selection for instruction tuning" (NAACL 2024, arXiv:2308.12032), equations 2 to 4. A small
-    model ranks as a large one does ("Superfiltering", ACL 2024, arXiv:2402.00530).
+    selection for instruction tuning" (NAACL 2024, arXiv:2308.12032). A small model ranks much as a
+    large one does ("Superfiltering", ACL 2024, arXiv:2402.00530).
     Two ratios are published: this one, of losses, is the first paper's and its code's;
     Superfiltering's code takes that of perplexities, exp(loss - loss), which is above 1 for the
     same rows, but ranks the others by their difference. The first paper trains the model briefly on
-    100 rows of each cluster before it scores; here the model is whichever one is given.
+    rows of every cluster before it scores; here the model is whichever one is given.
     Cost: two forward passes of the response and one of the prompt, by the model given.
 
     Needs `losses`: `data_prune.causal.Losses`, another callable of prompts and responses, or an

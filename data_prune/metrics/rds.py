@@ -23,10 +23,10 @@ class RDS(Metric):
     one that is kept already uses the turn up. So a row's place is fixed by the first turn in which
     anyone names it, which is its rank to that target: the order is the same for all budgets.
 
-    Source: Ivison et al., "Large-scale data selection for instruction tuning" (2025,
-    arXiv:2503.01807), RDS+, section 3 and algorithm 1, by its code: the selection "max" over one
-    target set. Their vectors are the position-weighted means of a language model's hidden states:
-    pass `data_prune.causal.Representations` as the encoder; another encoder does, too.
+    Source: RDS+ of Ivison et al., "Large-scale data selection for instruction tuning" (2025,
+    arXiv:2503.01807), by its code: the selection "max" for one target set. Their vectors are the
+    position-weighted means of a language model's hidden states: pass
+    `data_prune.causal.Representations` as the encoder; another encoder does, too.
     Differs: equal cosines are settled by the rows' order, and targets that are rows choose in the
     order of their content, so that no input's order matters. Theirs holds all targets · n cosines.
     Cost: an embedding of each row and target, targets · n · (width + log n) operations, and
