@@ -8,6 +8,9 @@ import pytest
 from data_prune import Local, Ray, select
 from data_prune.clusters import kmeans
 from data_prune.engine import shards
+from data_prune.metrics.dsir import DSIR
+from data_prune.metrics.ifd import IFD
+from data_prune.metrics.rds import RDS
 from data_prune.vectors import Vectors
 from prune_core.errors import InputError
 
@@ -23,6 +26,11 @@ class Sums:
 
     def __call__(self, part):
         return {"sum": self.values[part].sum(axis=0), "count": np.array(part.stop - part.start)}
+
+
+class Lengths:
+    def __call__(self, prompts, responses):
+        return [[len(r), len(p) + len(r)] for p, r in zip(prompts, responses, strict=True)]
 
 
 class Members:
@@ -146,11 +154,16 @@ def test_ray_gives_what_threads_give(ray):
         by_threads.reduce(Sums(values), parts)["sum"], by_ray.reduce(Sums(values), parts)["sum"]
     )
     rng = np.random.default_rng(1)
-    texts = [f"row {i}" for i in range(6000)]
+    rows = [{"prompt": f"row {i}", "completion": "x" * (1 + i % 9)} for i in range(6000)]
     array = rng.normal(size=(6000, 32)).astype(np.float32)
-    for metric in ("prototypes",):
+    for metric, more in (
+        ("prototypes", {}),
+        (RDS(), {"target": array[:40]}),
+        (DSIR(), {"target": rows[:40]}),
+        (IFD(), {"losses": Lengths()}),
+    ):
         chosen = [
-            select(texts, metric=metric, embeddings=array, budget="10%", engine=engine)
+            select(rows, metric=metric, embeddings=array, budget="10%", engine=engine, **more)
             for engine in (by_threads, by_ray)
         ]
         np.testing.assert_array_equal(chosen[0].indices, chosen[1].indices)
