@@ -4,8 +4,6 @@ the text. The model and its tokenizer are given, in evaluation mode; nothing is 
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn.functional import cross_entropy
 
+from data_prune.fingerprint import fingerprint
 from data_prune.pairs import batches, encode, padded
 from prune_core.errors import InputError
 
@@ -43,25 +42,7 @@ class _Model:
     @property
     def fingerprint(self) -> dict[str, Any]:
         """Hashes of the weights, the architecture and the vocabulary, and where texts are cut."""
-        weights = hashlib.blake2b(digest_size=16)
-        for name, tensor in sorted(self.model.state_dict().items()):
-            raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            weights.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            weights.update(raw.numpy().data)
-        config = self.model.config.to_dict()
-        for where in ("_name_or_path", "transformers_version"):
-            config.pop(where, None)
-        return {
-            "weights": weights.hexdigest(),
-            "config": _hash(config),
-            "vocabulary": _hash(self.tokenizer.get_vocab()),
-            "tokens": self.max_tokens,
-        }
-
-
-def _hash(value: Any) -> str:
-    named = json.dumps(value, sort_keys=True, default=str)
-    return hashlib.blake2b(named.encode(), digest_size=16).hexdigest()
+        return {**fingerprint(self.model, self.tokenizer), "tokens": self.max_tokens}
 
 
 class Losses(_Model):

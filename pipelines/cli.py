@@ -433,6 +433,9 @@ def data(
     target: Annotated[
         Path | None, typer.Option(help="Rows of what the model shall be good at (dsir, rds).")
     ] = None,
+    language_model: Annotated[
+        str | None, typer.Option(help="Whose losses are asked (ifd): a folder or a hub name.")
+    ] = None,
     scores: Annotated[
         str | None, typer.Option(help="The column of scores made elsewhere (imported).")
     ] = None,
@@ -505,6 +508,12 @@ def data(
         from rag_prune.integrations.documents import load_tokenizer
 
         given["tokenizer"] = load_tokenizer(tokenizer)
+    if language_model:
+        from data_prune.causal import Losses
+        from pipelines.language_model import LocalModel
+
+        loaded = LocalModel.from_pretrained(language_model)
+        given["losses"] = Losses(loaded.model, loaded.tokenizer)
     if log:
         from data_prune.training_log import TrainingLog, runs
 
