@@ -126,6 +126,17 @@ METHODS = Registry(
             cost="two forward passes of each response and one of its prompt",
         ),
         Method(
+            "paser",
+            "data_prune.metrics.paser:PASER",
+            family="language model",
+            paper="PASER: post-training data selection for efficient pruned large language model "
+            "recovery",
+            year=2025,
+            arxiv="2502.12594",
+            needs="embeddings; what a pruned model lost on each row, or both models",
+            cost="an embedding of each prompt; both models' pass over each row, or over a sample",
+        ),
+        Method(
             "el2n",
             "data_prune.metrics.el2n:EL2N",
             family="training log",

@@ -38,6 +38,7 @@ class Given:
     log: from training, (epochs, n) or (runs, epochs, n) arrays by name; see
     `data_prune.training_log`.
     degradation, losses: callables, or (n,) arrays.   scores: (n,) made elsewhere.
+    sizes: (n,) tokens.
     """
 
     rows: Rows
@@ -52,6 +53,7 @@ class Given:
     degradation: Degradation | Array | None = None
     losses: Callable[..., Any] | Array | None = None
     scores: Array | None = None
+    sizes: NDArray[np.int64] | None = None
 
     def draws(self, purpose: str) -> NDArray[np.float64]:
         """(n,) numbers in [0, 1) that belong to the rows and the seed, not to their order."""

@@ -107,6 +107,7 @@ def select(
         log=_log(log, source, rows),
         degradation=_aligned("degradation", degradation, source, rows),
         losses=_aligned("losses", losses, source, rows),
+        sizes=sizes,
         scores=_aligned(
             "scores", source.column(scores) if isinstance(scores, str) else scores, source, rows
         ),

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from data_prune.cache import Cache, keys_of
+from data_prune.asked import asked
 from data_prune.metric import Array, Columns, Given, Metric, Ranking
 from prune_core.errors import InputError
-
-_SHARD = 128  # pairs: what a run that is stopped has to ask again
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +40,7 @@ class IFD(Metric):
         """See Metric. Raises InputError for rows without prompts, losses below 0 or not (n, 2)."""
         losses = given.needed("losses", self.name)
         if callable(losses):
-            losses = _asked(losses, given)
+            losses = asked(losses, "losses", _checked, given)
         after, alone = np.array(_checked(losses, len(given.rows)), dtype=np.float64).T
         known = np.isfinite(after) & np.isfinite(alone) & (alone > 0)
         ratio = np.divide(after, alone, out=np.full(len(known), np.nan), where=known)
@@ -66,34 +62,6 @@ class IFD(Metric):
             f"IFD {columns['ifd'][i]:.3f}: loss {columns['after_prompt'][i]:.3f} after its prompt, "
             f"{columns['alone'][i]:.3f} alone"
         )
-
-
-def _asked(losses: Callable[..., Any], given: Given) -> NDArray[np.float32]:
-    rows = given.rows
-    if not rows.prompts:
-        raise InputError(
-            "The metric 'ifd' needs rows of prompt and response, but these are of one text: name "
-            "the columns with prompt= and response=."
-        )
-    about = getattr(losses, "fingerprint", None)
-    store = Cache(given.cache if about else None, {"kind": "losses", **(about or {})})
-    # The length says where the prompt ends, whatever stands in the two.
-    pairs = [f"{len(p)} {p}{r}" for p, r in zip(rows.prompts, rows.responses, strict=True)]
-    ask = _Ask(losses, list(rows.prompts), list(rows.responses))
-    return store.fill(keys_of(pairs), ask, given.engine, size=_SHARD, desc="losses")
-
-
-class _Ask:
-    """Losses of the rows at these places, checked before they are kept."""
-
-    def __init__(
-        self, losses: Callable[..., Any], prompts: list[str], responses: list[str]
-    ) -> None:
-        self.losses, self.prompts, self.responses = losses, prompts, responses
-
-    def __call__(self, rows: list[int]) -> Array:
-        found = self.losses([self.prompts[i] for i in rows], [self.responses[i] for i in rows])
-        return _checked(found, len(rows))
 
 
 def _checked(losses: Any, n: int) -> Array:
