@@ -71,11 +71,12 @@ class Losses(_Model):
 
         The same pair gets the same two numbers in any company, up to the last bits.
         """
-        sequences: list[tuple[list[int], int]] = []
-        for prompt, response in zip(prompts, responses, strict=True):
-            ids, start = encode(self.tokenizer, f"{prompt}\n", response, self.max_tokens)
-            sequences += [(ids, start), (self._alone + ids[start:], len(self._alone))]
-        return np.array(self._mean(sequences), dtype=np.float32).reshape(-1, 2)
+        after = [
+            encode(self.tokenizer, f"{prompt}\n", response, self.max_tokens)
+            for prompt, response in zip(prompts, responses, strict=True)
+        ]
+        alone = [(self._alone + ids[start:], len(self._alone)) for ids, start in after]
+        return np.array([self._mean(after), self._mean(alone)], dtype=np.float32).T
 
     def _mean(self, sequences: list[tuple[list[int], int]]) -> list[float]:
         means = [float("nan")] * len(sequences)
@@ -111,14 +112,16 @@ class Representations(_Model):
 
     @torch.inference_mode()
     def __call__(self, texts: list[str]) -> NDArray[np.float32]:
-        """(n, width) float32, not normalised."""
+        """(n, width) float32, not normalised; zeros for a text without tokens."""
         sequences = [encode(self.tokenizer, text, "", self.max_tokens)[0] for text in texts]
+        some = [i for i, ids in enumerate(sequences) if ids]
         width = self.model.config.get_text_config().hidden_size
-        vectors = np.empty((len(texts), width), dtype=np.float32)
-        for batch in batches([len(ids) for ids in sequences], _TOKENS):
-            inputs = padded([sequences[i] for i in batch], self.model.device)
+        vectors = np.zeros((len(texts), width), dtype=np.float32)
+        for batch in batches([len(sequences[i]) for i in some], _TOKENS):
+            rows = [some[j] for j in batch]
+            inputs = padded([sequences[i] for i in rows], self.model.device)
             hidden = self.model.base_model(**inputs, use_cache=False).last_hidden_state.float()
             weights = inputs["attention_mask"].cumsum(1) * inputs["attention_mask"]
             weights = weights / weights.sum(dim=1, keepdim=True)
-            vectors[batch] = (weights[:, :, None] * hidden).sum(dim=1).cpu().numpy()
+            vectors[rows] = (weights[:, :, None] * hidden).sum(dim=1).cpu().numpy()
         return vectors

@@ -215,6 +215,12 @@ def test_a_text_has_the_same_representation_in_any_company(model, tokenizer, mon
     np.testing.assert_allclose(encoder(RESPONSES), together, atol=1e-5)
 
 
+def test_a_text_without_tokens_is_zeros(model):
+    found = Representations(model, word_tokenizer(False))([" ", "cat", "  "])
+    assert not found[[0, 2]].any()
+    assert found[1].any()
+
+
 def test_long_texts_are_cut(model, tokenizer):
     most = len(start_of(tokenizer)) + 2
     found = Representations(model, tokenizer, max_tokens=most)(["cat dog bird", "cat dog tree"])
