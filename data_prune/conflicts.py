@@ -18,7 +18,11 @@ _WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
 _NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 _NEAR = 8  # nearest rows that a row is compared with
 _COSINE = 0.9  # of prompts that may ask the same
-_SHARED = 0.8  # of their words, over those of either
+# Words by which two wordings of one question may differ.
+_LITTLE = frozenset(
+    ("a", "an", "the", "of", "to", "in", "on", "at", "for", "is", "are", "was", "were", "be", "do")
+    + ("does", "did", "has", "have", "had", "it", "its", "this", "that", "these", "those", "please")
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,10 +46,10 @@ def contradictions(
 ) -> Conflicts:
     """Rows of near-equal prompts whose answers cannot both be right.
 
-    Prompts ask the same if their cosine is at least .9, they share four fifths of their words, and
-    their numbers are the same. Answers disagree if both state a result and the numbers differ, or
-    both are short, or choices, and neither holds the other. Of longer answers nothing is said: two
-    good ones can share no word.
+    Prompts ask the same if their cosine is at least .9, and their words, but for articles and the
+    like, are the same, as are their numbers: one other word can make another question. Answers
+    disagree if both state a result and the numbers differ, or both are short, or choices, and
+    neither holds the other. Of longer answers nothing is said: two good ones can share no word.
 
     prompts, responses, vectors (of the prompts), draws: of n rows.
     Cost: the nearest neighbours (`data_prune.neighbours`), and a comparison of the likely pairs.
@@ -76,8 +80,8 @@ def disagreement(one: str, other: str) -> str:
 def _same_question(one: str, other: str) -> bool:
     if sorted(_NUMBER.findall(one)) != sorted(_NUMBER.findall(other)):
         return False
-    words, others = (set(_WORD.findall(text.lower())) for text in (one, other))
-    return len(words & others) >= _SHARED * len(words | others)
+    words, others = (set(_WORD.findall(text.lower())) - _LITTLE for text in (one, other))
+    return words == others
 
 
 def settle(conflicts: Conflicts, order: NDArray[np.int64]) -> tuple[dict[int, int], dict[int, str]]:

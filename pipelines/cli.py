@@ -436,6 +436,12 @@ def data(
     language_model: Annotated[
         str | None, typer.Option(help="Whose losses are asked (ifd): a folder or a hub name.")
     ] = None,
+    original: Annotated[
+        str | None, typer.Option(help="The model before pruning (paser): a folder or a hub name.")
+    ] = None,
+    pruned: Annotated[
+        str | None, typer.Option(help="The model after pruning (paser); with --original.")
+    ] = None,
     scores: Annotated[
         str | None, typer.Option(help="The column of scores made elsewhere (imported).")
     ] = None,
@@ -478,6 +484,8 @@ def data(
         raise InputError("Give a --budget (500, 20%) or --budget-tokens: one of the two.")
     if out is None and not dry_run:
         raise InputError("Name the folder to write with --out, or look first with --dry-run.")
+    if (original is None) != (pruned is None):
+        raise InputError("--original and --pruned go together: name both models.")
     if out is not None and out.exists() and not overwrite and (out.is_file() or any(out.iterdir())):
         raise InputError(f"'{out}' is there already: name another folder, or pass --overwrite.")
     limits: dict[str, Any] = {"group_by": group_by}
@@ -514,6 +522,12 @@ def data(
 
         loaded = LocalModel.from_pretrained(language_model)
         given["losses"] = Losses(loaded.model, loaded.tokenizer)
+    if original and pruned:
+        from data_prune.divergence import ResponseDivergence
+        from pipelines.language_model import LocalModel
+
+        before, after = (LocalModel.from_pretrained(name) for name in (original, pruned))
+        given["degradation"] = ResponseDivergence(before.model, after.model, before.tokenizer)
     if log:
         from data_prune.training_log import TrainingLog, runs
 

@@ -78,6 +78,31 @@ def test_a_log_of_training(place):
     assert len(kept(place / "o")) == 10
 
 
+def test_paser_loads_both_models_and_asks_them(place, monkeypatch):
+    from types import SimpleNamespace
+
+    import data_prune.divergence
+    import pipelines.language_model
+
+    def load(name):
+        return SimpleNamespace(model=f"model {name}", tokenizer=f"tokenizer {name}")
+
+    class Lost:
+        def __init__(self, original, pruned, tokenizer):
+            assert (original, pruned, tokenizer) == ("model a", "model b", "tokenizer a")
+
+        def __call__(self, prompts, responses):
+            return [float(prompt.removeprefix("What is ")[:-1]) for prompt in prompts]
+
+    monkeypatch.setattr(pipelines.language_model.LocalModel, "from_pretrained", load)
+    monkeypatch.setattr(data_prune.divergence, "ResponseDivergence", Lost)
+    run(
+        *("--metric", "paser", "--original", "a", "--pruned", "b", "--set", "clusters=1"),
+        *("--embeddings", "v.npy", "--budget", "10", "--out", "o"),
+    )
+    assert [row["s"] for row in kept(place / "o")] == list(range(40, 50))
+
+
 def test_notes_are_lines(place):
     (place / "rows.jsonl").write_text(
         "\n".join(map(json.dumps, [*ROWS, {"prompt": "", "completion": "x"}])), encoding="utf-8"
@@ -96,6 +121,7 @@ def test_notes_are_lines(place):
         (["--budget", "60", "--metric", "random", "--out", "o"], "60 rows, but only 50 of 50"),
         (["--budget", "5", "--metric", "rndom", "--out", "o"], "Did you mean 'random'"),
         (["--budget", "5", "--metric", "kd_data_pruning", "--out", "o"], "is a way to train"),
+        (["--budget", "5", "--pruned", "m", "--out", "o"], "--original and --pruned go together"),
         (["--budget", "5", "--set", "k", "--out", "o"], "--set takes NAME=VALUE"),
         (["--budget", "5", "--set", "klusters=3", "--out", "o"], "Unknown key 'klusters'"),
         (["--budget", "5", "--embeddings", "w.npy", "--out", "o"], "Cannot read the array"),

@@ -57,7 +57,7 @@ def kept(metric, columns, keep):
 
 
 def test_the_published_steps():
-    """int() budgets by mean damage; the best of each by damage / log(cost): ours keeps those too."""
+    """int() budgets by mean damage, the best of each by damage / log(cost): we keep those too."""
     metric = PASER(clusters=4, conflict="none")
     given = task()
     columns = metric.score(given)
@@ -265,9 +265,9 @@ def test_a_row_that_gives_way_is_dropped_and_names_the_other():
 
 
 def test_concepts_are_phrases_between_stop_words():
-    assert concepts("Name the largest planets of the Solar System, and why.") == {
+    assert concepts("Name the largest planets of the Milky Way, and why.") == {
         "largest planets",
-        "solar system",
+        "milky way",
     }
     assert concepts("") == frozenset()
 
@@ -295,13 +295,15 @@ def test_the_graph_of_concepts_is_the_published_one(rows):
 
 
 def test_the_graph_bars_rows():
-    rows = [{"prompt": p, "completion": r} for p, r in SAME]
+    named = ["cold tea. hot soup", "hot soup. sweet cake", "cold tea. sweet cake", "green pear"]
+    rows = [{"prompt": text, "completion": "."} for text in named]
     metric = PASER(clusters=1, conflict="ccg")
-    columns = metric.score(task(8, np.arange(8.0) + 1, rows, np.ones((8, 2))))
-    refused = columns["gives_way"] == -2
-    assert 0 < refused.sum() < 8
-    assert not kept(metric, columns, 8)[refused].any()
-    assert metric.rank(columns, 8).barred.keys() == set(np.flatnonzero(refused).tolist())
+    for damage, refused in (([4, 3, 2, 1], 2), ([2, 3, 4, 1], 0)):
+        given = task(4, np.array(damage, float), rows, np.ones((4, 2)))
+        columns = metric.score(given)
+        barred = metric.rank(columns, 4).barred
+        assert [given.rows.positions[i] for i in barred] == [refused]
+        assert kept(metric, columns, 4).sum() == 3
 
 
 # ------------------------------------------------------------------------------------ bad input
