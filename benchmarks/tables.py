@@ -847,6 +847,37 @@ def data_distill() -> str:
     )
 
 
+def data_divergence() -> str:
+    asked = {"common": "both know the tokens", "own": "each knows its own"}
+    return table(
+        ["weights zero", "k", "asked", "width / ln 2", "rank correlation, rows", "tokens"],
+        [
+            [
+                f"{100 * float(sparsity):.0f} %",
+                str(r["k"]),
+                asked[r["asked"]],
+                f"{r['mean_width_over_ln2']:.2f}",
+                f"{r['spearman_rows']:.2f}",
+                f"{r['spearman_tokens']:.2f}",
+            ]
+            for sparsity, rows in results("divergence", "data")["intervals"].items()
+            for r in rows
+        ],
+    )
+
+
+def data_targets() -> str:
+    found = results("targets", "data")["precision"]
+    names = list(next(iter(found.values())))
+    return table(
+        ["target rows", *names],
+        [
+            [count, *(f"{100 * row[name]['mean']:.1f} %" for name in names)]
+            for count, row in found.items()
+        ],
+    )
+
+
 def data_self_distill() -> str:
     found = results("self_distill", "data")
     sets = {"GSM8K": found["gsm8k"], "T0": found["instructions"]}
@@ -939,7 +970,9 @@ TABLES = {
     "anything_decoder": anything_decoder,
     "anything_trained": anything_trained,
     "data-distill": data_distill,
+    "data-divergence": data_divergence,
     "data-self-distill": data_self_distill,
+    "data-targets": data_targets,
     "data-theory": data_theory,
     "data-training": data_training,
     "demo": demo,

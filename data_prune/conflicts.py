@@ -20,8 +20,11 @@ _NEAR = 8  # nearest rows that a row is compared with
 _COSINE = 0.9  # of prompts that may ask the same
 # Words by which two wordings of one question may differ.
 _LITTLE = frozenset(
-    ("a", "an", "the", "of", "to", "in", "on", "at", "for", "is", "are", "was", "were", "be", "do")
-    + ("does", "did", "has", "have", "had", "it", "its", "this", "that", "these", "those", "please")
+    (
+        *("a", "an", "the", "of", "to", "in", "on", "at", "for", "is", "are", "was", "were", "be"),
+        *("do", "does", "did", "has", "have", "had", "it", "its", "this", "that", "these", "those"),
+        "please",
+    )
 )
 
 
