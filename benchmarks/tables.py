@@ -866,6 +866,19 @@ def data_divergence() -> str:
     )
 
 
+def data_prototypes() -> str:
+    rows = [r for r in results("prototypes", "data")["rows"] if r["metric"] != "all"]
+    cells = {(r["metric"], r["share"]): f"{r['accuracy']:.1f} ± {r['error']:.1f}" for r in rows}
+    shares = sorted({share for _, share in cells})
+    return table(
+        ["kept", *(f"{100 * share:.0f} %" for share in shares)],
+        [
+            [name, *(cells[name, share] for share in shares)]
+            for name in dict.fromkeys(name for name, _ in cells)
+        ],
+    )
+
+
 def data_targets() -> str:
     found = results("targets", "data")["precision"]
     names = list(next(iter(found.values())))
@@ -971,6 +984,7 @@ TABLES = {
     "anything_trained": anything_trained,
     "data-distill": data_distill,
     "data-divergence": data_divergence,
+    "data-prototypes": data_prototypes,
     "data-self-distill": data_self_distill,
     "data-targets": data_targets,
     "data-theory": data_theory,
