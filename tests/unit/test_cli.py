@@ -24,6 +24,7 @@ import numpy as np
 import pytest
 from transformers import AutoConfig
 
+import data_prune
 import model_prune
 from pipelines import cli
 from rag_prune import METHODS, ContextPruner
@@ -437,8 +438,8 @@ def test_methods(run: Run) -> None:
 
 def test_methods_as_json(run: Run) -> None:
     rows = json.loads(run("methods", "--json").out)
-    both = (*METHODS, *model_prune.METHODS)
-    assert [(row["package"], row["name"]) for row in rows] == [(m.package, m.name) for m in both]
+    all_of = (*METHODS, *data_prune.METHODS, *model_prune.METHODS)
+    assert [(row["package"], row["name"]) for row in rows] == [(m.package, m.name) for m in all_of]
     for row in rows:
         assert {"name", "package", "family", "paper", "arxiv", "year"} <= set(row)
     (provence,) = (row for row in rows if row["name"] == "provence")
