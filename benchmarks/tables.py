@@ -879,6 +879,14 @@ def data_prototypes() -> str:
     )
 
 
+def data_budgets() -> str:
+    found = results("budgets", "data")
+    return table(
+        [f"{found['rows']:,} rows", "seconds"],
+        [[name, median(taken, ".3f")] for name, taken in found["seconds"].items()],
+    )
+
+
 def data_targets() -> str:
     found = results("targets", "data")["precision"]
     names = list(next(iter(found.values())))
@@ -982,6 +990,7 @@ TABLES = {
     "anything_cost": anything_cost,
     "anything_decoder": anything_decoder,
     "anything_trained": anything_trained,
+    "data-budgets": data_budgets,
     "data-distill": data_distill,
     "data-divergence": data_divergence,
     "data-prototypes": data_prototypes,
