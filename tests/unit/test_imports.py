@@ -1,5 +1,6 @@
 """Importing the packages is light, and the public names are there."""
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -37,12 +38,15 @@ def test_importing_the_packages_is_light_and_fast():
     assert float(seconds) < 0.3
 
 
-def test_the_public_names_are_there():
-    import rag_prune
+@pytest.mark.parametrize("package", ["rag_prune", "data_prune", "model_prune"])
+def test_the_public_names_are_there(package):
+    module = importlib.import_module(package)
+    for name in module.__all__:
+        assert getattr(module, name) is not None
+    assert dir(module) == sorted(module.__all__)
+    with pytest.raises(AttributeError, match=f"module '{package}' has no attribute 'Pruner'"):
+        _ = module.Pruner
 
-    for name in rag_prune.__all__:
-        assert getattr(rag_prune, name) is not None
-    assert dir(rag_prune) == sorted(rag_prune.__all__)
-    with pytest.raises(AttributeError, match=r"module 'rag_prune' has no attribute 'ContextPrune'"):
-        _ = rag_prune.ContextPrune
+
+def test_the_methods_of_the_first_issue_are_there():
     assert {"provence", "late", "bm25", "lead", "random", "keep_all"} <= set(METHODS.names)
