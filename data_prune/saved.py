@@ -14,7 +14,7 @@ from data_prune.metric import Metric
 from data_prune.rows import Columns, Rows, read, rows_of
 from prune_core.errors import InputError, require
 from prune_core.provenance import provenance
-from prune_core.storage import StrPath, atomic_folder, write_json
+from prune_core.storage import StrPath, atomic_folder, write_json, write_jsonl
 
 if TYPE_CHECKING:
     from data_prune.selection import Selection
@@ -130,9 +130,7 @@ def _write_selected(rows: Any, folder: Path) -> None:
     if hasattr(rows, "to_parquet"):  # of datasets, of pandas
         rows.to_parquet(folder / "selected.parquet")
         return
-    with open(folder / "selected.jsonl", "w", encoding="utf-8", newline="\n") as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    write_jsonl(folder / "selected.jsonl", rows)
 
 
 def _write_rows(selection: Selection, path: Path) -> None:

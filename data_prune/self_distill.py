@@ -32,7 +32,7 @@ from typing import Any, Generic, Literal, Protocol, TypeGuard, TypeVar
 from data_prune.rewrite_checks import BOUNDS, CHECKS, SAFE, Check, judge, length
 from prune_core.errors import InputError, did_you_mean, unknown_name
 from prune_core.provenance import provenance
-from prune_core.storage import Shards, StrPath, atomic_write, write_json
+from prune_core.storage import Shards, StrPath, write_json, write_jsonl
 
 KEEP_EVERY = 32  # replies that a killed run may have to ask for again; a stopped one loses none
 
@@ -327,13 +327,13 @@ class SelfDistilled(Generic[Rows]):
         """
         out = Path(out)
         audit = ({**asdict(found), "target": found.target} for found in self.rewrites)
-        _write_rows(out.with_suffix(".rewrites.jsonl"), audit)
+        write_jsonl(out.with_suffix(".rewrites.jsonl"), audit)
         report = provenance(
             self.settings.seed, report=self.report(), settings=asdict(self.settings)
         )
         write_json(out.with_suffix(".report.json"), report)
         rows: Any = self.dataset()
-        _write_rows(out, rows)
+        write_jsonl(out, rows)
 
 
 # ------------------------------------------------------------------------------------ rows in, out
@@ -401,14 +401,6 @@ def _unasked(i: str, prompt: str | None, reference: str | None) -> Rewrite:
 
 def _share(found: Sequence[Rewrite]) -> float:
     return sum(rewrite.accepted for rewrite in found) / len(found)
-
-
-def _write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    with atomic_write(path, "wb") as file:
-        for row in rows:
-            # JSON may spell a lone surrogate, which UTF-8 cannot hold: it stays spelled.
-            line = json.dumps(dict(row), ensure_ascii=False) + "\n"
-            file.write(line.encode("utf-8", "backslashreplace"))
 
 
 # ----------------------------------------------------------------------------------------- replies

@@ -866,7 +866,7 @@ def _reader(source: Path | None) -> Iterator[IO[bytes]]:
 @contextmanager
 def _writer(out: Path | None) -> Iterator[Callable[[Mapping[str, Any]], None]]:
     """A function that writes one JSON line; a file appears only when everything was written."""
-    from prune_core.storage import atomic_write
+    from prune_core.storage import atomic_write, json_line
 
     with ExitStack() as stack:
         try:
@@ -878,9 +878,7 @@ def _writer(out: Path | None) -> Iterator[Callable[[Mapping[str, Any]], None]]:
             ) from None
 
         def write(row: Mapping[str, Any]) -> None:
-            line = json.dumps(row, ensure_ascii=False) + "\n"
-            # JSON may spell a lone surrogate, which UTF-8 cannot hold: it stays spelled.
-            file.write(line.encode("utf-8", "backslashreplace"))
+            file.write(json_line(row))
 
         yield write
         file.flush()

@@ -36,5 +36,6 @@ def write_page(path: StrPath, template: Path, **values: Any) -> None:
         style=Markup(css),
         style_hash=f"sha256-{b64encode(sha256(css.encode()).digest()).decode()}",
     )
-    with atomic_write(path) as file:
-        file.writelines(page)
+    with atomic_write(path, "wb") as file:
+        # What was read from JSON may hold lone surrogates, which are no characters.
+        file.writelines(part.encode("utf-8", "replace") for part in page)

@@ -97,6 +97,20 @@ def write_json(path: StrPath, obj: Any) -> None:
         file.write(json.dumps(obj, indent=2, ensure_ascii=False) + "\n")
 
 
+def json_line(value: Any) -> bytes:
+    """`value` as a line of JSON in UTF-8; raises TypeError for what JSON cannot hold.
+
+    JSON may spell a lone surrogate, which UTF-8 cannot hold: it stays spelled.
+    """
+    return (json.dumps(value, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
+
+
+def write_jsonl(path: StrPath, rows: Iterable[Any]) -> None:
+    """Write each row as a line of JSON, atomically; see `json_line`."""
+    with atomic_write(path, "wb") as file:
+        file.writelines(map(json_line, rows))
+
+
 def read_text(path: StrPath) -> str:
     """A text file, UTF-8, plain or .gz; raises InputError for one that cannot be read."""
     try:
@@ -204,9 +218,7 @@ class Shards:
 
     def write(self, i: int, rows: Iterable[Mapping[str, Any]]) -> None:
         """Write shard `i`, replacing an earlier one; an error leaves the folder as it was."""
-        with atomic_write(self.path(i)) as file:
-            for row in rows:
-                file.write(json.dumps(dict(row), ensure_ascii=False) + "\n")
+        write_jsonl(self.path(i), map(dict, rows))
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """Every row of the shards that are there, in order of shard and row."""

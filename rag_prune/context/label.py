@@ -36,7 +36,7 @@ import numpy as np
 
 from prune_core.errors import InputError
 from prune_core.provenance import provenance
-from prune_core.storage import Shards, StrPath, atomic_write, read_jsonl, write_json
+from prune_core.storage import Shards, StrPath, read_jsonl, write_json, write_jsonl
 from rag_prune.context.evaluate import contains, normalise_answer, token_f1
 from rag_prune.context.highlight import write_page
 from rag_prune.context.result import Budget, Passage, PrunedContext, Request, Scores
@@ -492,7 +492,7 @@ class Labels:
         """
         kept = [found for found in self.labels if found.outcome in KEPT]
         dropped = [found for found in self.labels if found.outcome not in KEPT]
-        _write_rows(out.with_suffix(".dropped.jsonl"), [_dropped(found) for found in dropped])
+        write_jsonl(out.with_suffix(".dropped.jsonl"), [_dropped(found) for found in dropped])
         record = provenance(report=self.report())
         write_json(out.with_suffix(".report.json"), record)
         if not kept:
@@ -500,7 +500,7 @@ class Labels:
                 f"None of the {len(self.labels)} labels held: see why in "
                 f"'{out.with_suffix('.dropped.jsonl')}', and ask a larger model."
             )
-        _write_rows(out, [found.row() for found in kept])
+        write_jsonl(out, [found.row() for found in kept])
         if page:
             self.write_page(page, shown=shown)
 
@@ -534,11 +534,3 @@ def _shown(found: Label) -> dict[str, Any]:
         request, [Scores(1.0, cited)], Budget(threshold=0.5), method="silver label"
     )
     return result.to_dict() | {"question": f"{found.item.question} → {found.answer}"}
-
-
-def _write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    with atomic_write(path, "wb") as file:
-        for row in rows:
-            # JSON may spell a lone surrogate, which UTF-8 cannot hold: it stays spelled.
-            line = json.dumps(row, ensure_ascii=False) + "\n"
-            file.write(line.encode("utf-8", "backslashreplace"))

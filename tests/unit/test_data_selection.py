@@ -210,6 +210,14 @@ def test_what_is_saved(tmp_path):
     assert len(Selection.load(tmp_path / "s").indices) == 5
 
 
+def test_a_lone_surrogate_stays_spelled(tmp_path):
+    rows = [{"text": f"row {i} \ud800"} for i in range(3)]
+    select(rows, metric="random", budget=2).save(tmp_path / "s")
+    lines = (tmp_path / "s" / "selected.jsonl").read_text(encoding="utf-8").splitlines()
+    assert all(json.loads(line) in rows for line in lines)
+    assert len(lines) == 2
+
+
 def test_an_error_while_saving_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr("data_prune.report.write_page", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):

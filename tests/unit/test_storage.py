@@ -15,6 +15,7 @@ from prune_core.storage import (
     read_jsonl,
     save_tensors,
     write_json,
+    write_jsonl,
 )
 
 
@@ -278,3 +279,14 @@ def test_shards_of_unknown_origin_are_refused(tmp_path):
 def test_shard_numbers_have_a_range(tmp_path, i):
     with pytest.raises(InputError, match=rf"must be in \[0, 999999\], got {i}"):
         Shards(tmp_path, {}).write(i, [])
+
+
+def test_rows_as_lines_of_json(tmp_path):
+    rows = [{"a": "é\u2028"}, "text", {"b": "\ud800", "c": None}]
+    write_jsonl(tmp_path / "r.jsonl", rows)
+    raw = (tmp_path / "r.jsonl").read_bytes()
+    assert [json.loads(line) for line in raw.split(b"\n")[:-1]] == rows
+    assert "é".encode() in raw
+    with pytest.raises(TypeError):
+        write_jsonl(tmp_path / "r.jsonl", [{"a": object()}])
+    assert (tmp_path / "r.jsonl").read_bytes() == raw
