@@ -37,11 +37,10 @@ def asked(
     chosen = range(len(every)) if rows is None else rows
     prompts = [every.prompts[i] for i in chosen]
     responses = [every.responses[i] for i in chosen]
-    about = getattr(call, "fingerprint", None)
-    store = Cache(given.cache if about else None, {"kind": kind, **(about or {})})
     # The length says where the prompt ends, whatever stands in the two.
     keys = keys_of([f"{len(p)} {p}{r}" for p, r in zip(prompts, responses, strict=True)])
     ask = _Ask(call, check, prompts, responses)
+    store = Cache.of(call, kind, given.cache)
     return store.fill(keys, ask, given.engine, size=_SHARD, desc=kind)
 
 

@@ -56,6 +56,18 @@ class Cache:
             self._folder = folder / f"{about['kind']}-{digest}"
             check_fingerprint(self._folder, about, self._pieces())
 
+    @classmethod
+    def of(cls, source: Any, kind: str, folder: Path | None) -> Cache:
+        """The values of one kind that a callable gives; kept only if it has a `fingerprint`, by
+        which it is known again."""
+        about = getattr(source, "fingerprint", None)
+        return cls(folder if about else None, {"kind": kind, **(about or {})})
+
+    @property
+    def keeps(self) -> bool:
+        """Whether values are kept for the next run."""
+        return self._folder is not None
+
     def fill(
         self,
         keys: Array,

@@ -5,6 +5,7 @@ the text. The model and its tokenizer are given, in evaluation mode; nothing is 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,7 @@ class _Model:
             )
         self.model, self.tokenizer, self.max_tokens = model, tokenizer, max_tokens
 
-    @property
+    @cached_property
     def fingerprint(self) -> dict[str, Any]:
         """Hashes of the weights, the architecture and the vocabulary, and where texts are cut."""
         return {**fingerprint(self.model, self.tokenizer), "tokens": self.max_tokens}

@@ -86,8 +86,7 @@ def estimate(
         encoder = encoder_of(embeddings)
         texts = texts_of(rows, metric.embeds)
         folder: Path | None = None if cache is False else cache_folder(cache)
-        about = getattr(encoder, "fingerprint", None)
-        store = Cache(folder if about else None, {"kind": "embeddings", **(about or {})})
+        store = Cache.of(encoder, "embeddings", folder)
         missing = store.missing(keys_of(list(texts)))
         encode = len(missing)
         tried = [texts[i] for i in missing[np.argsort(draws(rows.ids, seed, "estimate")[missing])]]
@@ -97,7 +96,7 @@ def estimate(
         [vectors] = work.map(encoder, [tried])
         seconds = (time.perf_counter() - started) / len(tried) * encode / Local().workers
         width = np.shape(vectors)[1]
-        disk = 0 if folder is None or about is None else encode * (width * 4 + 32)
+        disk = encode * (width * 4 + 32) if store.keeps else 0
     return Estimate(
         rows=len(source),
         fit=len(rows),

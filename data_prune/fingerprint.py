@@ -14,19 +14,24 @@ def fingerprint(model: Any, tokenizer: Any) -> dict[str, str]:
 
     model, tokenizer: of transformers.   Cost: reads all weights.
     """
+    config = model.config.to_dict()
+    for where in ("_name_or_path", "transformers_version"):
+        config.pop(where, None)
+    return {
+        "weights": hash_of_weights(model),
+        "config": hash_of(config),
+        "vocabulary": hash_of(tokenizer.get_vocab()),
+    }
+
+
+def hash_of_weights(model: Any) -> str:
+    """Of a torch module's parameters and buffers, by name."""
     weights = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(model.state_dict().items()):
         raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         weights.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         weights.update(raw.numpy().data)
-    config = model.config.to_dict()
-    for where in ("_name_or_path", "transformers_version"):
-        config.pop(where, None)
-    return {
-        "weights": weights.hexdigest(),
-        "config": hash_of(config),
-        "vocabulary": hash_of(tokenizer.get_vocab()),
-    }
+    return weights.hexdigest()
 
 
 def hash_of(value: Any) -> str:

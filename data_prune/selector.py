@@ -77,6 +77,8 @@ def select(
     rows = rows_of(source, names)
     engine = engine or Local()
     folder = None if cache is False else cache_folder(cache)
+    if metric.embeds and not isinstance(embeddings, np.ndarray):
+        embeddings = encoder_of(embeddings)  # one, for rows and target
     vectors = None
     if metric.embeds or isinstance(embeddings, np.ndarray):
         vectors = _vectors(rows, len(source), embeddings, metric.embeds, engine, folder)
@@ -167,7 +169,7 @@ def _vectors(
                 f"{embeddings.shape} of {embeddings.dtype}."
             )
         return Vectors(embeddings, rows.positions)
-    vectors = embed(texts_of(rows, of), encoder_of(embeddings), engine, folder)
+    vectors = embed(texts_of(rows, of), embeddings, engine, folder)
     return Vectors(vectors, np.arange(len(rows), dtype=np.int64))
 
 

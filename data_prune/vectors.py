@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -84,14 +84,13 @@ class SentenceEncoder:
         )
         return vectors
 
-    @property
+    @cached_property
     def fingerprint(self) -> dict[str, Any]:
         """What its vectors depend on: the weights, and where it cuts a text."""
+        from data_prune.fingerprint import hash_of_weights  # torch comes with the encoder
+
         encoder = self._encoder()
-        hashed = hashlib.blake2b(digest_size=16)
-        for name, tensor in sorted(encoder.state_dict().items()):
-            hashed.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
-        return {"weights": hashed.hexdigest(), "tokens": encoder.max_seq_length}
+        return {"weights": hash_of_weights(encoder), "tokens": encoder.max_seq_length}
 
     def _encoder(self) -> Any:
         with self._lock:
@@ -126,8 +125,7 @@ def embed(
 
     An encoder without a `fingerprint` is not known again, so its vectors are not kept.
     """
-    about = getattr(encoder, "fingerprint", None)
-    store = Cache(cache if about else None, {"kind": "embeddings", **(about or {})})
+    store = Cache.of(encoder, "embeddings", cache)
     encode = _Encode(encoder, list(texts))
     vectors = store.fill(keys_of(encode.texts), encode, engine, size=512, desc="embedding")
     if vectors.ndim != 2:
