@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 
 from data_prune.cache import Cache, keys_of
 from data_prune.metric import Array, Given
-from prune_core.errors import InputError
 
 _SHARD = 128  # pairs: what a run that is stopped has to ask again
 
@@ -20,26 +19,22 @@ def asked(
     kind: str,
     check: Callable[[Any, int], Array],
     given: Given,
+    metric: str,
     rows: Sequence[int] | None = None,
 ) -> NDArray[np.float32]:
     """The answers about these rows, or all; kept in the cache where the callable is known again.
 
     call: prompts and responses in, an answer for each out; kept if it has a `fingerprint`.
     kind: of answers, a word.   check: of the answers about so many pairs; gives them as an array.
+    metric: that wants to know.
     Raises InputError for rows of one text, and what `check` raises.
     """
-    every = given.rows
-    if not every.prompts:
-        raise InputError(
-            "This metric needs rows of prompt and response, but these are of one text: name the "
-            "columns with prompt= and response=."
-        )
-    chosen = range(len(every)) if rows is None else rows
-    prompts = [every.prompts[i] for i in chosen]
-    responses = [every.responses[i] for i in chosen]
+    pairs = given.pairs(metric)
+    if rows is not None:
+        pairs = [pairs[i] for i in rows]
     # The length says where the prompt ends, whatever stands in the two.
-    keys = keys_of([f"{len(p)} {p}{r}" for p, r in zip(prompts, responses, strict=True)])
-    ask = _Ask(call, check, prompts, responses)
+    keys = keys_of([f"{len(prompt)} {prompt}{response}" for prompt, response in pairs])
+    ask = _Ask(call, check, pairs)
     store = Cache.of(call, kind, given.cache)
     return store.fill(keys, ask, given.engine, size=_SHARD, desc=kind)
 
@@ -51,12 +46,10 @@ class _Ask:
         self,
         call: Callable[[list[str], list[str]], Any],
         check: Callable[[Any, int], Array],
-        prompts: list[str],
-        responses: list[str],
+        pairs: list[tuple[str, str]],
     ) -> None:
-        self.call, self.check = call, check
-        self.prompts, self.responses = prompts, responses
+        self.call, self.check, self.pairs = call, check, pairs
 
     def __call__(self, rows: list[int]) -> Array:
-        answers = self.call([self.prompts[i] for i in rows], [self.responses[i] for i in rows])
-        return self.check(answers, len(rows))
+        prompts, responses = ([self.pairs[i][side] for i in rows] for side in (0, 1))
+        return self.check(self.call(prompts, responses), len(rows))

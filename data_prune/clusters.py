@@ -6,9 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from threadpoolctl import threadpool_limits
 
-from data_prune.engine import Engine, Local, shards
+from data_prune.engine import Engine, Local, one_thread, shards
 from data_prune.vectors import Vectors
 
 _PER_CENTROID = 256  # rows to fit on: more do not move the centroids much (faiss's own default)
@@ -64,7 +63,7 @@ def _fit(sample: NDArray[np.float32], k: int, seed: int) -> NDArray[np.float32]:
 
     # The start needs no more than a look at the data.
     few = sample[:: max(1, len(sample) // (16 * k))]
-    with threadpool_limits(1):  # several threads add in another order, and spin where cores are few
+    with one_thread():  # several add in another order, and spin where cores are few
         start, _ = kmeans_plusplus(few, k, random_state=seed)
     return lloyd(sample, np.ascontiguousarray(start, dtype=np.float32))
 

@@ -59,6 +59,15 @@ class Given:
         """(n,) numbers in [0, 1) that belong to the rows and the seed, not to their order."""
         return draws(self.rows.ids, self.seed, purpose)
 
+    def pairs(self, metric: str) -> list[tuple[str, str]]:
+        """(n,) prompts and responses; raises InputError for rows of one text."""
+        if not self.rows.prompts:
+            raise InputError(
+                f"The metric '{metric}' needs rows of prompt and response, but these are of one "
+                f"text: name the columns with prompt= and response=."
+            )
+        return list(zip(self.rows.prompts, self.rows.responses, strict=True))
+
     def needed(self, name: str, metric: str) -> Any:
         """One of the fields; raises InputError, which says what to pass, where it is None."""
         value = getattr(self, name)

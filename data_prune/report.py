@@ -48,8 +48,7 @@ class Choice:
 def choices(selection: Selection) -> list[Choice]:
     """The selection, beside as many random rows, random ones of like lengths, and all rows."""
     scored = selection.scored
-    at = np.full(len(selection), -1, dtype=np.int64)
-    at[scored.rows.positions] = np.arange(len(scored.rows))
+    at = scored.row_at
     kept = at[selection.indices]
     named = {
         "kept": kept,
@@ -81,7 +80,7 @@ def write_report(selection: Selection, path: StrPath) -> None:
         selection=selection,
         settings=_settings(selection),
         notes=[*selection.notes, *_warnings(selection)],
-        choices=choices(selection),
+        choices=selection.choices,
         points=_map(selection),
         width=_WIDTH,
         height=_HEIGHT,
@@ -103,7 +102,7 @@ def card(selection: Selection) -> str:
         "| --- | ---: | ---: | ---: |",
         *(
             f"| {c.name} | {c.rows:,} | {c.characters:,.0f} | {100 * c.shared:.0f} % |"
-            for c in choices(selection)
+            for c in selection.choices
         ),
         "",
         *(f"- {note}" for note in [*selection.notes, *_warnings(selection)]),
@@ -188,7 +187,7 @@ def _map(selection: Selection) -> list[tuple[float, float, bool, str]]:
     low, high = flat.min(axis=0), flat.max(axis=0)
     unit = (flat - low) / np.maximum(high - low, 1e-12)
     places = selection.scored.rows.positions[shown].tolist()
-    kept = np.isin(places, selection.indices)
+    kept = selection.kept[places]
     points = [
         (8 + x * (_WIDTH - 16), 8 + y * (_HEIGHT - 16), bool(k), f"row {i}, {selection.reasons[i]}")
         for (x, y), k, i in zip(unit.tolist(), kept.tolist(), places, strict=True)
@@ -204,10 +203,11 @@ def _histogram(selection: Selection) -> list[tuple[str, float, float, int, int]]
         return []
     # A few far-off scores would leave one bar.
     low, high = np.quantile(scores[fit], [0.005, 0.995])
-    edges = np.linspace(low, high, 31) if high > low else np.linspace(*_ends(scores[fit]), 31)
+    if low == high:
+        low, high = np.quantile(scores[fit], [0, 1])
+    edges = np.linspace(low, high, 31)
     clipped = np.clip(scores, edges[0], edges[-1])
-    kept = np.zeros(len(scores), dtype=bool)
-    kept[selection.indices] = True
+    kept = selection.kept
     stay, _ = np.histogram(clipped[fit & kept], edges)
     go, _ = np.histogram(clipped[fit & ~kept], edges)
     top = max(1, int((stay + go).max()))
@@ -215,10 +215,6 @@ def _histogram(selection: Selection) -> list[tuple[str, float, float, int, int]]
         (f"{a:.3g} to {b:.3g}", 120 * g / top, 120 * s / top, int(g), int(s))
         for a, b, g, s in zip(edges, edges[1:], go, stay, strict=False)
     ]
-
-
-def _ends(scores: NDArray[np.float64]) -> tuple[float, float]:
-    return float(scores.min()), float(scores.max())
 
 
 @dataclass(frozen=True)
@@ -246,7 +242,7 @@ def _edge(selection: Selection) -> dict[str, list[Row]]:
     scores = selection.scores[scored.rows.positions]
     order = np.argsort(-scores, kind="stable")
     order = order[np.isfinite(scores[order])]
-    kept = np.isin(scored.rows.positions[order], selection.indices)
+    kept = selection.kept[scored.rows.positions[order]]
     stay, go = order[kept], order[~kept]
     parts = {
         "First kept": stay[:4],
@@ -275,7 +271,7 @@ def _group_rows(selection: Selection) -> tuple[str, list[Group]] | None:
     what, numbers, names = found
     scored = selection.scored
     scores = selection.scores[scored.rows.positions]
-    kept = np.isin(scored.rows.positions, selection.indices)
+    kept = selection.kept[scored.rows.positions]
     sizes = np.bincount(numbers, minlength=len(names))
     groups = []
     for rank, g in enumerate(np.argsort(-sizes, kind="stable")[:100].tolist()):

@@ -194,7 +194,9 @@ class Columns:
         """With the common names filled in; raises InputError where nothing can be read."""
         for role, name in vars(self).items():
             if name is not None and name not in names:
-                raise InputError(f"There is no column '{name}' ({role}=). {_which(name, names)}")
+                raise InputError(
+                    f"There is no column '{name}' ({role}=). {did_you_mean(name, names)}"
+                )
         label = self.label or ("label" if "label" in names else None)
         if self.text or self.prompt:
             if self.text and (self.prompt or self.response):
@@ -217,10 +219,6 @@ class Columns:
             f"None of the columns is called as instruction data or text commonly is: name them "
             f"with prompt= and response=, or with text=. There are: {', '.join(names)}."
         )
-
-
-def _which(name: str, names: Sequence[str]) -> str:
-    return did_you_mean(name, names).replace("Known:", "There are:")
 
 
 @dataclass(frozen=True, eq=False)

@@ -148,11 +148,9 @@ def _write_rows(selection: Selection, path: Path) -> None:
         full[at] = values
         return pa.array(full, mask=mask)
 
-    kept = np.zeros(n, dtype=bool)
-    kept[selection.indices] = True
     columns: dict[str, Any] = {
         "row": np.arange(n),
-        "kept": kept,
+        "kept": selection.kept,
         "score": spread(selection.scores[at]),
         "reason": pa.array(iter(selection.reasons), pa.string()),
         "id": spread(scored.rows.ids.astype("U32")),

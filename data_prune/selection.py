@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,9 @@ from data_prune.rows import Columns, Rows, Source, draws
 from data_prune.vectors import Vectors
 from prune_core.errors import InputError
 from prune_core.storage import StrPath
+
+if TYPE_CHECKING:
+    from data_prune.report import Choice
 
 _BANDS = 20  # of length, for the random rows of like lengths
 
@@ -44,6 +47,22 @@ class Scored:
     sizes: NDArray[np.int64] | None = None
     groups: Mapping[str, tuple[NDArray[np.int64], list[str]]] = field(default_factory=dict)
 
+    @cached_property
+    def row_at(self) -> NDArray[np.int64]:
+        """(n,) of each row of the input its place in `rows`, -1 for those that are not there."""
+        places = np.full(self.n, -1, dtype=np.int64)
+        places[self.rows.positions] = np.arange(len(self.rows))
+        return places
+
+
+def counted(sizes: NDArray[np.int64] | None) -> NDArray[np.int64]:
+    """The tokens of each row, for a budget in tokens; raises InputError where none are counted."""
+    if sizes is None:
+        raise InputError(
+            "A budget in tokens needs tokenizer=, of the model that will read the rows."
+        )
+    return sizes
+
 
 class Selection:
     """Rows kept of a data set under a budget; made by `select`, or read by `Selection.load`.
@@ -60,7 +79,7 @@ class Selection:
         if budget.tokens is None:
             self._asked = budget.count(scored.n, m)
         else:
-            mean = max(1.0, float(self._sizes().mean()))
+            mean = max(1.0, float(counted(scored.sizes).mean()))
             self._asked = min(m, max(1, int(budget.tokens / mean)))
         ranking = scored.metric.rank(scored.columns, self._asked)
         self._names: Sequence[str] = []
@@ -74,10 +93,11 @@ class Selection:
             floors, caps = self._bounds(numbers)
             ranking = replace(ranking, groups=numbers, floors=None)
         self._ranking = ranking
+        limits = (self._lots, floors, caps)
         if budget.tokens is None:
-            self._kept = choose(ranking, self._asked, self._lots, floors, caps)
+            self._kept = choose(ranking, self._asked, *limits)
         else:
-            self._kept = fill(ranking, budget.tokens, self._sizes(), self._lots, floors, caps)
+            self._kept = fill(ranking, budget.tokens, counted(scored.sizes), *limits)
         self.notes = [*notes, *self._own_notes()]
 
     # ------------------------------------------------------------------------------- what stays
@@ -88,9 +108,16 @@ class Selection:
         return np.sort(self.scored.rows.positions[self._kept])
 
     @cached_property
+    def kept(self) -> NDArray[np.bool_]:
+        """(n,) whether each row is kept."""
+        kept = np.zeros(len(self), dtype=bool)
+        kept[self.indices] = True
+        return kept
+
+    @cached_property
     def dropped(self) -> NDArray[np.int64]:
         """(n - k,) rows dropped, ascending; those that could not be scored are among them."""
-        return np.setdiff1d(np.arange(len(self)), self.indices)
+        return np.flatnonzero(~self.kept)
 
     @cached_property
     def scores(self) -> NDArray[np.float64]:
@@ -142,11 +169,9 @@ class Selection:
         """One paragraph on row i: kept or not, its score, its place, and what would change it."""
         if not 0 <= i < len(self):
             raise InputError(f"Rows are numbered 0 to {len(self) - 1}, got {i}.")
-        row = self._row_of.get(i)
+        row = int(self.scored.row_at[i])
         words = f"Row {i}: {self.reasons[i]}."
-        if row is None or not np.isfinite(self._ranking.scores[row]):
-            return words
-        if row in self._ranking.barred:
+        if row < 0 or row in self._ranking.barred or not np.isfinite(self._ranking.scores[row]):
             return words
         words += f" Its score is {self._ranking.scores[row]:.4g} (higher is kept)."
         # Where groups share the budget, more of it can mean less for one of them.
@@ -178,6 +203,13 @@ class Selection:
             "random": np.sort(rows.positions[np.argsort(lots)[:count]]),
             "random, like lengths": np.sort(rows.positions[place < wanted[band]]),
         }
+
+    @cached_property
+    def choices(self) -> list[Choice]:
+        """What the rows kept are like, beside those of the baselines and all rows."""
+        from data_prune.report import choices
+
+        return choices(self)
 
     def compare(self, other: Selection | NDArray[np.int64]) -> Comparison:
         """How far two choices from the same data agree; other: a selection, or rows.
@@ -237,7 +269,6 @@ class Selection:
         dataset: what it was made from, if its rows are wanted too.
         Raises InputError for a folder that holds no selection, or another data set.
         """
-
         from data_prune.saved import load
 
         return load(folder, dataset)
@@ -257,13 +288,6 @@ class Selection:
                 "Selection.load(folder, dataset)."
             )
         return self.scored.source
-
-    def _sizes(self) -> NDArray[np.int64]:
-        if self.scored.sizes is None:
-            raise InputError(
-                "A budget in tokens needs tokenizer=, of the model that will read the rows."
-            )
-        return self.scored.sizes
 
     def _bounds(
         self, groups: NDArray[np.int64]
@@ -307,10 +331,6 @@ class Selection:
         return notes
 
     @cached_property
-    def _row_of(self) -> dict[int, int]:
-        return {int(p): i for i, p in enumerate(self.scored.rows.positions)}
-
-    @cached_property
     def _places(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
         """Of each row: its place among its peers from 1 (0: none), the peers, how many stay.
 
@@ -331,7 +351,7 @@ class Selection:
         """The row that stays for this one, in the input: the first on the way that is kept."""
         instead = self._ranking.instead
         while instead is not None and (place := int(instead[row])) >= 0:
-            row = self._row_of[place]
+            row = int(self.scored.row_at[place])
             if self._kept[row]:
                 return place
         return None
@@ -380,8 +400,8 @@ class _Reasons(Sequence[str]):
             return [self[j] for j in range(*i.indices(len(self)))]
         i = range(len(self))[i]
         of = self._of
-        row = of._row_of.get(i)
-        if row is None:
+        row = int(of.scored.row_at[i])
+        if row < 0:
             return f"dropped: {of.scored.rows.invalid[i]}"
         found = of.metric.describe(of.scored.columns, row)
         if not of._kept[row] and (instead := of._instead(row)) is not None:

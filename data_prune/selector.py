@@ -16,7 +16,7 @@ from data_prune.cache import cache_folder
 from data_prune.engine import Engine, Local
 from data_prune.metric import Given, Metric
 from data_prune.rows import Columns, Rows, Source, read, rows_of
-from data_prune.selection import Scored, Selection
+from data_prune.selection import Scored, Selection, counted
 from data_prune.vectors import Encoder, SentenceEncoder, Vectors, embed
 from prune_core.errors import InputError, did_you_mean
 from prune_core.storage import StrPath
@@ -91,12 +91,9 @@ def select(
     sizes = None if tokenizer is None else _sizes(rows, tokenizer)
     if budget.tokens is None:
         keep = budget.count(len(source), len(rows))
-    elif sizes is None:
-        raise InputError(
-            "A budget in tokens needs tokenizer=, of the model that will read the rows."
-        )
-    else:
-        keep = int(np.searchsorted(np.cumsum(np.sort(sizes)), budget.tokens, "right")) or 1
+    else:  # as many as fit, if they are the shortest
+        shortest = np.cumsum(np.sort(counted(sizes)))
+        keep = int(np.searchsorted(shortest, budget.tokens, "right")) or 1
     given = Given(
         rows=rows,
         keep=keep,

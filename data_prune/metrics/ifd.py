@@ -40,7 +40,7 @@ class IFD(Metric):
         """See Metric. Raises InputError for rows without prompts, losses below 0 or not (n, 2)."""
         losses = given.needed("losses", self.name)
         if callable(losses):
-            losses = asked(losses, "losses", _checked, given)
+            losses = asked(losses, "losses", _checked, given, self.name)
         after, alone = np.array(_checked(losses, len(given.rows)), dtype=np.float64).T
         known = np.isfinite(after) & np.isfinite(alone) & (alone > 0)
         ratio = np.divide(after, alone, out=np.full(len(known), np.nan), where=known)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from data_prune.asked import asked
 from data_prune.budget import allocate
+from data_prune.choose import places
 from data_prune.clusters import kmeans
 from data_prune.conflicts import contradictions, inconsistent, settle
 from data_prune.graph import dense, landmark
@@ -81,11 +82,7 @@ class PASER(Metric):
         sampled: whether it counts in its cluster's mean.   gives_way: to which row, as numbered in
         the input, -1 to none; -2 where the graph of concepts refuses it.
         """
-        if not given.rows.prompts:
-            raise InputError(
-                "The metric 'paser' needs rows of prompt and response, but these are of one text: "
-                "name the columns with prompt= and response=."
-            )
+        given.pairs(self.name)
         vectors: Vectors = given.needed("vectors", self.name)
         degradation = given.needed("degradation", self.name)
         labels = self._labels(vectors, given)
@@ -145,19 +142,18 @@ class PASER(Metric):
         damage = np.full(n, np.nan)
 
         def ask(rows: NDArray[np.int64]) -> None:
-            damage[rows] = asked(degradation, "divergence", _checked, given, rows.tolist())
+            damage[rows] = asked(
+                degradation, "divergence", _checked, given, self.name, rows.tolist()
+            )
 
         if self.samples is None:
             ask(np.arange(n))
             return damage, np.isfinite(damage)
         # A cluster's rows in an order drawn: the first are the sample, the next the candidates.
-        order = np.lexsort((given.draws("sample"), labels))
-        sizes = np.bincount(labels)
-        place = np.empty(n, dtype=np.int64)
-        place[order] = np.arange(n) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        place = places(np.argsort(given.draws("sample"), kind="stable"), labels)
         sampled = place < self.samples
         ask(np.flatnonzero(sampled))
-        share = allocate(given.keep, means(damage, sampled, labels), sizes)
+        share = allocate(given.keep, means(damage, sampled, labels), np.bincount(labels))
         more = np.maximum(self.samples, _SPARE * share)
         if rest := np.flatnonzero(~sampled & (place < more[labels])).tolist():
             ask(np.array(rest))
