@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from data_prune.fingerprint import fingerprint, hash_of
 from data_prune.pairs import Template, batches, encode, padded, worded
-from prune_core.errors import InputError
+from prune_core.errors import InputError, check_count
 
 LN2 = math.log(2)
 _NEVER = -1e4  # a log-probability whose exponential is 0 in every type, in place of -inf
@@ -94,8 +94,8 @@ class ResponseDivergence:
     ) -> None:
         numbers = {"max_response_tokens": max_response_tokens, "logits_mb": logits_mb}
         for name, number in numbers.items():
-            if number is not None and number < 1:
-                raise InputError(f"{name} must be a whole number >= 1, got {number!r}.")
+            if number is not None:
+                check_count(name, number)
         if template not in get_args(Template):
             raise InputError(f"template must be 'plain' or 'chat', got {template!r}.")
         if template == "chat" and not tokenizer.chat_template:

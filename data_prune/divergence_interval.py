@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from prune_core.errors import InputError
+from prune_core.errors import InputError, check_count
 
 Array = NDArray[np.float64]
 
@@ -69,8 +69,7 @@ class TopTokens:
 
         Raises InputError for a k or start out of range, for a place without k tokens, and for NaN.
         """
-        if k < 1:
-            raise InputError(f"k must be a whole number >= 1, got {k!r}.")
+        check_count("k", k)
         if not 1 <= start < len(prompt_logprobs):
             raise InputError(
                 f"start must be from 1 to {len(prompt_logprobs) - 1}, the last of "

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from threadpoolctl import ThreadpoolController
 from tqdm.auto import tqdm
 
-from prune_core.errors import InputError, require
+from prune_core.errors import check_count, require
 
 S = TypeVar("S")
 R = TypeVar("R")
@@ -93,7 +93,7 @@ class Local(Engine):
     workers: int = os.cpu_count() or 1
 
     def __post_init__(self) -> None:
-        _check(self.workers)
+        check_count("workers", self.workers)
 
     def map(self, work: Callable[[S], R], items: Sequence[S], desc: str = "") -> Iterator[R]:
         """See Engine."""
@@ -147,7 +147,7 @@ class Ray(Engine):
     workers: int = 2
 
     def __post_init__(self) -> None:
-        _check(self.workers)
+        check_count("workers", self.workers)
 
     def map(self, work: Callable[[S], R], items: Sequence[S], desc: str = "") -> Iterator[R]:
         """See Engine. Results that are early wait in memory until those before them are there."""
@@ -178,8 +178,3 @@ class Ray(Engine):
 
 def _bar(desc: str, total: int) -> Any:
     return tqdm(desc=desc, total=total, unit="shard", disable=None if desc else True, leave=False)
-
-
-def _check(workers: int) -> None:
-    if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
-        raise InputError(f"workers must be a whole number >= 1, got {workers!r}.")

@@ -263,12 +263,6 @@ def mean(values: NDArray[Any], axis: int | tuple[int, ...]) -> NDArray[np.float6
     return means
 
 
-def check_epochs(name: str, value: int | None) -> None:
-    """Raise InputError unless it is None or a whole number >= 1."""
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-        raise InputError(f"{name} must be a whole number >= 1, or None, got {value!r}.")
-
-
 def _entries(logits: Tensor, labels: Tensor) -> Entries:
     """(m,) each, of m predictions: logits (m, classes), labels (m,)."""
     logits, at = logits.float(), labels.long()[:, None]

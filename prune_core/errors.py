@@ -80,6 +80,12 @@ def unknown_name(kind: str, name: object, known: Iterable[str]) -> UnknownName:
     return UnknownName(f"Unknown {kind} {name!r}. {did_you_mean(name, known)}")
 
 
+def check_count(name: str, value: object, least: int = 1) -> None:
+    """Raise InputError unless `value`, of the argument `name`, is an int of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise InputError(f"{name} must be a whole number >= {least}, got {value!r}.")
+
+
 def require(module: str, *, extra: str, purpose: str) -> ModuleType:
     """Import an optional module, or raise `MissingExtra` naming the extra that installs it.
 

@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prune.metric import Columns, Difficulty, Given
-from data_prune.training_log import check_epochs, mean, recorded
+from data_prune.training_log import mean, recorded
+from prune_core.errors import check_count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +33,8 @@ class AUM(Difficulty):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_epochs("epochs", self.epochs)
+        if self.epochs is not None:
+            check_count("epochs", self.epochs)
 
     def difficulty(self, given: Given) -> NDArray[np.float64]:
         """See Difficulty."""

@@ -10,7 +10,7 @@ import numpy as np
 from data_prune import METHODS
 from data_prune.metric import Array, Columns, Given, Metric, Ranking
 from data_prune.metrics.aum import AUM
-from prune_core.errors import InputError
+from prune_core.errors import InputError, check_count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +48,7 @@ class CCS(Metric):
                 f"base must be a metric that can keep hard or easy rows, like AUM(), EL2N() or "
                 f"Prototypes(), got {base!r}."
             )
-        if isinstance(self.strata, bool) or not isinstance(self.strata, int) or self.strata < 1:
-            raise InputError(f"strata must be a whole number >= 1, got {self.strata!r}.")
+        check_count("strata", self.strata)
         if self.cutoff is not None and not 0 <= self.cutoff < 1:
             raise InputError(
                 f"cutoff must be in [0, 1), the part of the rows that is too hard, or None, got "

@@ -12,7 +12,7 @@ from data_prune.metric import Array, Columns, Given, Metric, Ranking
 from data_prune.metrics.semdedup import SemDeDup
 from data_prune.neighbours import cells_for
 from data_prune.vectors import Vectors
-from prune_core.errors import InputError
+from prune_core.errors import InputError, check_count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +41,8 @@ class D4(Metric):
                 f"survivors must be above 0 and at most 1 (the share of the rows that SemDeDup "
                 f"keeps), got {self.survivors!r}: the paper's is .75."
             )
-        if self.clusters is not None and self.clusters < 1:
-            raise InputError(f"clusters must be a whole number >= 1, got {self.clusters!r}.")
+        if self.clusters is not None:
+            check_count("clusters", self.clusters)
 
     def score(self, given: Given) -> dict[str, Array]:
         """See Metric.

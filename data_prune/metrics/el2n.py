@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prune.metric import Columns, Difficulty, Given
-from data_prune.training_log import check_epochs, early
+from data_prune.training_log import early
+from prune_core.errors import check_count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +31,8 @@ class EL2N(Difficulty):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_epochs("epoch", self.epoch)
+        if self.epoch is not None:
+            check_count("epoch", self.epoch)
 
     def difficulty(self, given: Given) -> NDArray[np.float64]:
         """See Difficulty."""

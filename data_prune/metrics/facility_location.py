@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from data_prune.metric import Array, Columns, Given, Metric, Ranking
 from data_prune.neighbours import Neighbours, nearest
 from data_prune.vectors import Vectors
-from prune_core.errors import InputError
+from prune_core.errors import check_count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +39,7 @@ class FacilityLocation(Metric):
     neighbours: int = 128
 
     def __post_init__(self) -> None:
-        if self.neighbours < 1:
-            raise InputError(f"neighbours must be a whole number >= 1, got {self.neighbours!r}.")
+        check_count("neighbours", self.neighbours)
 
     def score(self, given: Given) -> dict[str, Array]:
         """See Metric.

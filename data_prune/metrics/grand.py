@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prune.metric import Columns, Difficulty, Given
-from data_prune.training_log import check_epochs, early
-from prune_core.errors import InputError
+from data_prune.training_log import early
+from prune_core.errors import InputError, check_count
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -36,7 +36,8 @@ class GraNd(Difficulty):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_epochs("epoch", self.epoch)
+        if self.epoch is not None:
+            check_count("epoch", self.epoch)
 
     def difficulty(self, given: Given) -> NDArray[np.float64]:
         """See Difficulty."""

@@ -17,7 +17,7 @@ from data_prune.conflicts import contradictions, inconsistent, settle
 from data_prune.graph import dense, landmark
 from data_prune.metric import Array, Columns, Given, Metric, Ranking
 from data_prune.vectors import Vectors
-from prune_core.errors import InputError
+from prune_core.errors import InputError, check_count
 
 _SPARE = 3  # candidates scored for each row that a cluster keeps, when clusters are sampled first
 
@@ -67,11 +67,8 @@ class PASER(Metric):
         if self.conflict not in ("answers", "ccg", "none"):
             raise InputError(f"conflict must be 'answers', 'ccg' or 'none', got {self.conflict!r}.")
         for name in ("clusters", "samples"):
-            value = getattr(self, name)
-            if value is not None and (
-                isinstance(value, bool) or not isinstance(value, int) or value < 1
-            ):
-                raise InputError(f"{name} must be a whole number >= 1, got {value!r}.")
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name))
         # What is scored of sampled clusters depends on the budget.
         object.__setattr__(self, "nested", self.samples is None)
 

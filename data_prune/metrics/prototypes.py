@@ -13,7 +13,7 @@ from data_prune.choose import choose
 from data_prune.clusters import kmeans
 from data_prune.metric import Array, Columns, Given, Metric, Ranking
 from data_prune.vectors import Vectors
-from prune_core.errors import InputError
+from prune_core.errors import InputError, check_count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +43,8 @@ class Prototypes(Metric):
     def __post_init__(self) -> None:
         if self.keep not in ("hard", "easy", "auto"):
             raise InputError(f"keep must be 'hard', 'easy' or 'auto', got {self.keep!r}.")
-        if self.clusters is not None and self.clusters < 1:
-            raise InputError(f"clusters must be a whole number >= 1, got {self.clusters!r}.")
+        if self.clusters is not None:
+            check_count("clusters", self.clusters)
         if not 0 <= self.balance <= 1:
             raise InputError(f"balance must be in [0, 1], got {self.balance!r}: the paper's is .5.")
 

@@ -11,7 +11,7 @@ from data_prune.clusters import kmeans
 from data_prune.metric import Array, Columns, Given, Metric, Ranking
 from data_prune.neighbours import Piece, cells, cells_for, pieces
 from data_prune.vectors import Vectors
-from prune_core.errors import InputError
+from prune_core.errors import InputError, check_count
 
 _CELLS = 4  # in which a row is found by those it is like
 
@@ -49,8 +49,8 @@ class SemDeDup(Metric):
                 f"threshold must be a cosine above 0 and below 1, like 0.95, got "
                 f"{self.threshold!r}: leave it out to drop as many rows as the budget says."
             )
-        if self.clusters is not None and self.clusters < 1:
-            raise InputError(f"clusters must be a whole number >= 1, got {self.clusters!r}.")
+        if self.clusters is not None:
+            check_count("clusters", self.clusters)
 
     def score(self, given: Given) -> dict[str, Array]:
         """See Metric.

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from prune_core.errors import InputError, unknown_name
+from prune_core.errors import InputError, check_count, unknown_name
 
 METHODS = ("think", "mustafar", "none")
 POLICIES = ("prompt", "static", "causal")
@@ -54,9 +54,7 @@ class KVPruneConfig:
                     f"{ratio!r}."
                 )
         for name, least in (("obs_window", 1), ("recent", 1), ("sinks", 0)):
-            count = getattr(self, name)
-            if isinstance(count, bool) or not isinstance(count, int) or count < least:
-                raise InputError(f"{name} must be a whole number >= {least}, got {count!r}.")
+            check_count(name, getattr(self, name), least)
         if self.method == "think" and self.policy == "static" and self.key_ratio:
             if self.masks is None:
                 raise InputError(
