@@ -6,13 +6,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from data_prune.divergence import ResponseDivergence, jensen_shannon
 from data_prune.divergence_interval import TopTokens, jensen_shannon_interval, top_tokens_interval
 from data_prune.pairs import encode, worded
 from model_prune import Calibration, load_method
-from pipelines.small_model import small_model
 
 pytestmark = pytest.mark.slow
 
@@ -46,16 +45,6 @@ ROWS = [
     ),
 ]
 PROMPTS, RESPONSES = map(list, zip(*ROWS, strict=True))
-
-
-@pytest.fixture(scope="module")
-def folder():
-    return small_model(progress=False)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(folder):
-    return AutoTokenizer.from_pretrained(folder)
 
 
 @pytest.fixture(scope="module")

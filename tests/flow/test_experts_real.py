@@ -7,12 +7,11 @@ of what was measured first.
 
 import re
 from pathlib import Path
-from pydoc_data.topics import topics
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from model_prune import Calibration, prune_model
 from model_prune.checkpoint import open_checkpoint
@@ -20,19 +19,12 @@ from model_prune.methods.premoe import PreMoe
 from model_prune.patterns import Patterns
 from pipelines.small_model import small_model
 from pipelines.upcycle import Upcycling, encode, upcycle
+from reference_text import prose
 
 pytestmark = pytest.mark.slow
 
 RECIPE = Upcycling(layers=3, experts=6, tokens=96)
 TRAINED, HELD, SEED = 60, 12, 0
-
-
-def prose():
-    for name in sorted(topics):
-        for paragraph in topics[name].split("\n\n"):
-            words = paragraph.split()
-            if len(words) > 40 and paragraph.strip()[0].isalpha():
-                yield " ".join(words[:25]), " ".join(words[25:40])
 
 
 def code():
@@ -47,11 +39,6 @@ def sums():
     while True:
         a, b = (int(n) for n in draw.integers(10, 90, 2))
         yield f"A box holds {a} apples, and {b} more are put in. How many are in it?", str(a + b)
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return AutoTokenizer.from_pretrained(small_model(progress=False))
 
 
 @pytest.fixture(scope="module")

@@ -8,28 +8,17 @@ from pydoc_data.topics import topics
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from model_prune import Calibration, load_method, prune_model
 from model_prune.core.target import Dims
 from model_prune.evaluate import perplexity
-from pipelines.small_model import small_model
 
 pytestmark = pytest.mark.slow
 
 # Python's reference, which is installed with it: every second topic to calibrate on.
 TEXTS = ["\n\n".join(topics[name] for name in sorted(topics)[half::2]) for half in (0, 1)]
 WINDOWS, TOKENS = 8, 256
-
-
-@pytest.fixture(scope="module")
-def folder():
-    return small_model(progress=False)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(folder):
-    return AutoTokenizer.from_pretrained(folder)
 
 
 @pytest.fixture(scope="module")

@@ -10,12 +10,11 @@ import os
 import re
 import runpy
 from pathlib import Path
-from pydoc_data.topics import topics
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from data_prune.causal import Losses, Representations
 from data_prune.choose import choose
@@ -27,6 +26,7 @@ from data_prune.metrics.rds import RDS
 from data_prune.rows import Columns, read, rows_of
 from data_prune.vectors import SentenceEncoder, Vectors, embed
 from pipelines.small_model import small_model
+from reference_text import prose
 
 pytestmark = pytest.mark.slow
 
@@ -34,14 +34,6 @@ DATA = Path(os.environ.get("PRUNEKIT_DATA", "."))
 FILES = [DATA / f"{name}.jsonl.gz" for name in ("instructions_t0", "gsm8k_train")]
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "data" / "targets.py"
 TOKENS = 48
-
-
-def prose():
-    for name in sorted(topics):
-        for paragraph in topics[name].split("\n\n"):
-            words = paragraph.split()
-            if len(words) > 40 and paragraph.strip()[0].isalpha():
-                yield " ".join(words[:25]), " ".join(words[25:40])
 
 
 def code():
@@ -59,11 +51,6 @@ def drawn(pairs, n):
 def rows_from(pairs):
     source = read([{"prompt": prompt, "completion": response} for prompt, response in pairs])
     return rows_of(source, Columns().found(source.names))
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return AutoTokenizer.from_pretrained(small_model(progress=False))
 
 
 @pytest.fixture(scope="module")
